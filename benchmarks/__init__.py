@@ -1,0 +1,1 @@
+"""Measures the other rooms, and peers beside them. Nothing imports this room."""

@@ -1,0 +1,1 @@
+"""From tar shards to batches: a global order that no number of ranks can change."""

@@ -1,0 +1,69 @@
+"""The protocol between the training loop and whatever moves the model: the loop knows no more than this."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flows.batch import Batch
+from flows.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank saw of one optimizer step, before any reduction; nothing here waits for the device.
+
+    loss: (local batch,) loss of each sample, detached
+    time: (local batch,) flow time of each sample, or None
+    """
+
+    loss: Tensor
+    time: Tensor | None
+
+
+class Engine(Protocol):
+    """One model over many ranks.
+
+    data_rank, data_size: this rank's place among those that read different samples
+    parameters: canonical name -> parameter (a DTensor where it is sharded); the names are those of the
+        single-device model, whatever wraps it
+    """
+
+    device: torch.device
+    data_rank: int
+    data_size: int
+
+    def parameters(self) -> dict[str, Tensor]: ...
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """`<parameter name>.<slot>` -> optimizer state, placed like the parameter; loading writes in place."""
+        ...
+
+    def forward_backward(
+        self,
+        microbatches: Sequence[Batch],
+        objective: Objective,
+        seed: int,
+        step: int,
+        global_batch: int,
+    ) -> StepResult:
+        """Gradients of (sum of per-sample losses over all ranks) / global_batch, synchronised."""
+        ...
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Scale gradients to `max_norm` (None: leave them); () global norm before, the same on all ranks."""
+        ...
+
+    def step(self, learning_rate: float, skip: Tensor) -> None:
+        """One optimizer step; where the () tensor `skip` is 1, parameters and state stay as they are."""
+        ...
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks that read different samples."""
+        ...
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The network without gradients, for sampling; a collective where the model is sharded."""
+        ...

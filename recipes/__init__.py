@@ -1,0 +1,1 @@
+"""YAML recipes users start from; `flowmill train digits` finds `digits.yaml` here."""

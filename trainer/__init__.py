@@ -1,0 +1,1 @@
+"""The loop that joins the rooms: recipe, step, checkpoints, tracking, sampling, evaluation."""
