@@ -1,0 +1,40 @@
+"""Multi-head self-attention in which every token sees every token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QueryKeyValue(nn.Linear):
+    """One projection to [queries | keys | values], of which the key bias never learns.
+
+    A key bias adds the same number to all logits of a query, and softmax ignores it: its true
+    gradient is zero. The computed one is rounding noise, which Adam would scale up to steps of full
+    size, different on every layout. So the bias exists, as in published checkpoints, but its
+    gradient is cut.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, 3 * width)."""
+        query, key, value = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat((query, key.detach(), value)))
+
+
+class Attention(nn.Module):
+    """Softmax attention over all tokens, scaled by 1 / sqrt(width / heads)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.qkv = QueryKeyValue(width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width)."""
+        heads = self.qkv(x).unflatten(-1, (3, -1, self.head_width))
+        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2))
