@@ -1,23 +1,22 @@
-"""`flowmill`: one command line, one place where errors become sentences."""
+"""`flowmill`: one command line, and the one place where errors become sentences."""
 
-import os
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
 from flows.errors import UserError
-from launch.commands import checkpoint, data, doctor, evaluate, sample, train
+from launch.commands import checkpoint, data, demo, doctor, evaluate, sample, train
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train flow transformers: one recipe, any number of ranks, the same mathematics.",
+    help="Train flow transformers: one recipe, any number of ranks, the same mathematics. "
+    "`--debug` anywhere shows the traceback of an error.",
 )
+app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
@@ -28,21 +27,15 @@ for command in entry_points(group="flowmill.commands"):
     app.add_typer(command.load(), name=command.name)
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
-) -> None:
-    """Options of every command."""
-    if debug:
-        os.environ["FLOWMILL_DEBUG"] = "1"
-
-
-def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a UserError is printed as its sentence and exits with code 2."""
+def main() -> None:
+    """Run the command line; a UserError is printed as its sentence and ends with exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        return app(arguments, standalone_mode=False)
+        app(arguments)
     except UserError as error:
-        if os.environ.get("FLOWMILL_DEBUG") == "1":
+        if debug:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"error: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m launch` is `flowmill`."""
+
+from launch.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""The folder of a run: where everything lies, who may write, and what may change on resume."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import UserError
+from trainer.recipe import Recipe, build_recipe, parse_yaml, write_recipe
+
+# What decides the science of a run: a resume that changed one of these would be another run.
+FIXED = (
+    "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip",
+    "data.lanes", "data.window", "model", "train.batch", "train.ema",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def database(self) -> Path:
+        """MLflow's store when the recipe names none: one for all runs beside each other."""
+        return self.root.resolve().parent / "mlflow.db"
+
+
+def open_run(folder: str) -> tuple[RunFolder, Recipe]:
+    """A run that exists, with its resolved recipe. Raises UserError if there is none."""
+    run = RunFolder(Path(folder))
+    if not run.recipe.is_file():
+        raise UserError(
+            f"{folder} is not a run folder (it has no recipe.yaml); give the run.dir of a training."
+        )
+    data = parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    if not isinstance(data, dict):
+        raise UserError(f"{run.recipe} is empty; restore it or start a new run folder.")
+    return run, build_recipe(data, str(run.recipe))
+
+
+def check_resume(run: RunFolder, recipe: Recipe) -> list[str]:
+    """What differs from the recipe this folder was begun with, as `key: old -> new` lines.
+
+    Raises UserError if a key that decides the science differs; the folder is left untouched.
+    """
+    if not run.recipe.is_file():
+        return []
+    old, new = _flat(open_run(str(run.root))[1]), _flat(recipe)
+    changed = [key for key in new if old.get(key) != new[key]]
+    fixed = [key for key in changed if key.startswith(FIXED)]
+    if fixed and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
+        lines = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in fixed)
+        raise UserError(
+            f"{run.root} holds another run: {lines}. Give it back its value, or choose a new run.dir."
+        )
+    return [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed if key != "run.dir"]
+
+
+@contextmanager
+def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
+    """The one process that writes this run: makes the folders, holds the lock, keeps the recipe.
+
+    Raises UserError if another process is training here, or if the folder cannot be written.
+    """
+    try:
+        for folder in (run.root, run.checkpoints, run.samples, run.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = (run.root / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run.dir = {run.root} cannot be written ({error.strerror}); choose another folder."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is training in {run.root}; wait for it, or choose another run.dir."
+            ) from None
+        write_recipe(recipe, run.recipe)
+        yield
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Every leaf of a recipe by its dotted name."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    return dict(walk(recipe.model_dump(mode="json"), ""))
