@@ -37,4 +37,5 @@ class Attention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (3, -1, self.head_width))
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.errors import UserError
-from flows.initialise import Rule, constant, normal, xavier_uniform
+from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
 from flows.models.feedforward import RATIO, FeedForward
@@ -102,7 +102,8 @@ class Final(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(batch, tokens, width), (batch, width) -> (batch, tokens, features)."""
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self.out(modulated_norm(x, shift, scale))
+        features: Tensor = self.out(modulated_norm(x, shift, scale))
+        return features
 
 
 class DiT(nn.Module):
@@ -156,9 +157,9 @@ class DiT(nn.Module):
 def _init_rule(name: str, shape: torch.Size) -> Rule:
     """adaLN-Zero: modulations and last layer zero, embeddings normal, all other weights Xavier."""
     if name.endswith("bias") or ".modulation." in name or name.startswith("final."):
-        return constant(0.0)
+        return Rule.constant(0.0)
     if name.startswith(("time.", "label.")):
-        return normal(EMBEDDING_STD)
+        return Rule.normal(EMBEDDING_STD)
     outputs, inputs = shape
     return xavier_uniform(inputs, outputs)
 

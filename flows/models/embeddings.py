@@ -20,7 +20,7 @@ def patchify(image: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int) -> Tensor:
-    """The inverse of `patchify`, for images of `height` pixels; (batch, channels, height, width)."""
+    """The inverse of `patchify` for images `height` pixels high."""
     batch, count, features = tokens.shape
     rows = height // patch
     grid = tokens.reshape(batch, rows, count // rows, patch, patch, features // patch**2)
@@ -62,4 +62,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(batch,) -> (batch, width), in the dtype of the weights."""
-        return self.out(F.silu(self.up(self.sinusoid(t).to(self.up.weight.dtype))))
+        hidden = F.silu(self.up(self.sinusoid(t).to(self.up.weight.dtype)))
+        embedding: Tensor = self.out(hidden)
+        return embedding

@@ -16,4 +16,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width)."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        hidden = F.gelu(self.up(x), approximate="tanh")
+        result: Tensor = self.down(hidden)
+        return result
