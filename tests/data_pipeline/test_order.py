@@ -1,0 +1,124 @@
+"""The order of the stream: each sample once an epoch, whoever reads it, and random access to any position."""
+
+import time
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.order import Order, fold, permute
+
+sizes = st.lists(st.integers(0, 23), min_size=1, max_size=9).filter(lambda s: sum(s) > 0)
+lanes = st.integers(1, 40)
+windows = st.integers(1, 30)
+seeds = st.integers(0, 2**63 - 1)
+law = settings(max_examples=200, deadline=None)
+
+
+def pairs(order, positions):
+    found = order.sample_at(np.asarray(positions))
+    return list(zip(found.shard.tolist(), found.sample.tolist(), strict=True))
+
+
+@law
+@given(sizes, lanes, windows, seeds, st.integers(0, 10**6))
+def test_every_epoch_is_each_sample_once(sizes, lanes, windows, seed, epoch):
+    order = Order(sizes, seed=seed, lanes=lanes, window=windows)
+    found = order.sample_at(epoch * sum(sizes) + np.arange(sum(sizes)))
+    assert set(found.epoch.tolist()) == {epoch}
+    got = sorted(zip(found.shard.tolist(), found.sample.tolist(), strict=True))
+    assert got == [(shard, n) for shard, size in enumerate(sizes) for n in range(size)]
+
+
+@law
+@given(sizes, lanes, windows, seeds, st.integers(1, 17), st.lists(st.integers(1, 7), min_size=1))
+def test_any_sequence_of_world_sizes_reads_the_same_global_batches(
+    sizes, lanes, windows, seed, batch, worlds
+):
+    """Each rank asks for its contiguous share alone; the world changes at every batch."""
+    whole = pairs(
+        Order(sizes, seed=seed, lanes=lanes, window=windows), range(batch * len(worlds))
+    )
+    read = []
+    for step, ranks in enumerate(worlds):
+        for rank in range(ranks):
+            fresh = Order(sizes, seed=seed, lanes=lanes, window=windows)
+            start, end = (step * batch + batch * r // ranks for r in (rank, rank + 1))
+            read += pairs(fresh, np.arange(start, end))
+    assert read == whole
+
+
+@law
+@given(sizes, lanes, windows, seeds)
+def test_lanes_are_contiguous_even_and_shuffled_inside_windows_alone(sizes, lanes, windows, seed):
+    order = Order(sizes, seed=seed, lanes=lanes, window=windows)
+    count = sum(sizes)
+    used = min(lanes, count)
+    # With window 1 the same lanes read the epoch's list as it lies.
+    plain = Order(sizes, seed=seed, lanes=lanes, window=1)
+    lengths = set()
+    for lane in range(used):
+        straight = pairs(plain, np.arange(lane, count, used))
+        shuffled = pairs(order, np.arange(lane, count, used))
+        lengths.add(len(straight))
+        for first in range(0, len(straight), windows):
+            part = slice(first, first + windows)
+            assert sorted(straight[part]) == sorted(shuffled[part])
+        for (shard, sample), (next_shard, next_sample) in pairwise(straight):
+            assert next_sample == (sample + 1 if next_shard == shard else 0)
+    assert max(lengths) - min(lengths) <= 1
+
+
+@law
+@given(sizes, lanes, windows, seeds, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+def test_a_position_is_found_without_the_others(sizes, lanes, windows, seed, positions):
+    order = Order(sizes, seed=seed, lanes=lanes, window=windows)
+    together = pairs(order, positions)
+    assert together == [pairs(order, [p])[0] for p in positions]
+
+
+def test_epochs_and_seeds_differ():
+    def epoch(seed, number):
+        order = Order([50] * 8, seed=seed, lanes=4, window=64)
+        return tuple(pairs(order, number * 400 + np.arange(400)))
+
+    seen = {epoch(seed, number) for seed in range(5) for number in range(5)}
+    assert len(seen) == 25
+
+
+def test_shards_change_places_between_epochs():
+    order = Order([1] * 20, seed=3, lanes=1, window=1)
+    first = {tuple(order.sample_at(e * 20 + np.arange(20)).shard.tolist()) for e in range(10)}
+    assert len(first) == 10
+
+
+def test_permutations_are_uniform():
+    """Over many keys every place goes everywhere equally often, and so does every pair of places."""
+    keys = fold(11, np.arange(20_000))
+    for count in (2, 3, 5):
+        size = np.full(len(keys), count)
+        images = np.stack([permute(np.full(len(keys), i), size, keys) for i in range(count)])
+        for i in range(count):
+            for j in range(i + 1, count):
+                pair = np.bincount(images[i] * count + images[j], minlength=count**2)
+                pair = pair[pair > 0]
+                cells = count * (count - 1)
+                assert len(pair) == cells
+                expected = len(keys) / cells
+                # Six standard deviations: the keys are fixed, so this passes always or never.
+                assert np.abs(pair - expected).max() < 6 * np.sqrt(expected)
+
+
+def test_a_late_position_costs_what_an_early_one_does():
+    order = Order([1000] * 100, seed=0, lanes=64, window=256)
+
+    def seconds(start):
+        best = np.inf
+        for turn in range(20):
+            began = time.perf_counter()
+            order.sample_at(start + 512 * turn + np.arange(512))
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    assert seconds(10**12) < 3 * seconds(0)
