@@ -141,7 +141,9 @@ class DiT(nn.Module):
         returns (batch, channels, image_size, image_size)
         """
         config = self.config
-        condition = F.silu(self.time(t) + self.label(label))
+        time = self.time(t)
+        # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
+        condition = F.silu(time + self.label(label).to(time.dtype))
         tokens = self.patches(patchify(x, config.patch).to(self.patches.weight.dtype))
         tokens = tokens + self.position.to(tokens.dtype)
         for block in self.blocks:
