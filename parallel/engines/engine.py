@@ -1,4 +1,4 @@
-"""The protocol between the training loop and whatever moves the model: the loop knows no more than this."""
+"""The protocol between the training loop and whatever moves the model: all that the loop knows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from flows.objectives.objective import Objective
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one rank saw of one optimizer step, before any reduction; nothing here waits for the device.
+    """What one rank saw of one step, before any reduction; nothing here waits for the device.
 
     loss: (local batch,) loss of each sample, detached
     time: (local batch,) flow time of each sample, or None
@@ -27,8 +27,8 @@ class Engine(Protocol):
     """One model over many ranks.
 
     data_rank, data_size: this rank's place among those that read different samples
-    parameters: canonical name -> parameter (a DTensor where it is sharded); the names are those of the
-        single-device model, whatever wraps it
+    parameters: canonical name -> parameter (a DTensor where it is sharded); the names are those of
+        the single-device model, whatever wraps it
     """
 
     device: torch.device
@@ -38,7 +38,10 @@ class Engine(Protocol):
     def parameters(self) -> dict[str, Tensor]: ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """`<parameter name>.<slot>` -> optimizer state, placed like the parameter; loading writes in place."""
+        """`<parameter name>.<slot>` -> optimizer state, placed like the parameter or one number.
+
+        It exists from the start, so loading writes in place.
+        """
         ...
 
     def forward_backward(
@@ -53,11 +56,14 @@ class Engine(Protocol):
         ...
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scale gradients to `max_norm` (None: leave them); () global norm before, the same on all ranks."""
+        """Scale gradients to `max_norm` (None: leave them); () norm before, alike on all ranks."""
         ...
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
-        """One optimizer step; where the () tensor `skip` is 1, parameters and state stay as they are."""
+        """One optimizer step; if the () tensor `skip` is 1, parameters and state stay as they are.
+
+        The gradients are gone afterwards.
+        """
         ...
 
     def sum_over_data(self, values: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""The native engine: PyTorch's own FSDP2, HSDP and DDP, or one rank alone.
+
+The gradient of a step is that of (sum of per-sample losses over all ranks) / global batch, however
+the batch is split over ranks and microbatches. Ranks are averaged by DDP and FSDP, so each rank
+differentiates its own sum times (data ranks / global batch). Microbatches add up locally and travel
+once, with the last.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from flows.batch import Batch
+from flows.objectives.objective import Objective
+from flows.randomness import Draw
+from parallel.clock import Clock
+from parallel.engines.engine import StepResult
+from parallel.fsdp import release_gathered
+from parallel.gradients import clip_gradients
+from parallel.mesh import DATA_AXES, Layout, data_rank
+from parallel.parallelize import parallelize
+from parallel.precision import Precision, computing
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+class NativeEngine:
+    """See `parallel.engines.engine.Engine`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        mesh: DeviceMesh,
+        *,
+        device: torch.device,
+        seed: int,
+        precision: Precision,
+        checkpoint_activations: int,
+        compile: bool,
+        reshard_after_forward: bool,
+        optimizer: OptimizerFactory,
+        clock: Clock,
+    ) -> None:
+        """model: on the meta device; it is laid over the mesh and drawn from `seed` here
+
+        optimizer: is given canonical names and parameters; it must make a fused optimizer, whose
+            kernels leave everything as it is when they are told to skip
+        """
+        self.device = device
+        self.data_rank = data_rank(mesh)
+        self.data_size = layout.data_size
+        self._mesh, self._clock, self._precision, self._compiled = mesh, clock, precision, compile
+        self._model = parallelize(
+            model,
+            mesh,
+            layout,
+            device=device,
+            seed=seed,
+            precision=precision,
+            checkpoint_activations=checkpoint_activations,
+            compile=compile,
+            reshard_after_forward=reshard_after_forward,
+        )
+        self._optimizer = optimizer(list(self._model.parameters.items()))
+        if not getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            name = type(self._optimizer).__name__
+            raise TypeError(
+                f"{name} cannot skip a step without waiting; construct it with fused=True"
+            )
+        self._create_optimizer_state()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self._model.parameters)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{slot}": value
+            for name, parameter in self._model.parameters.items()
+            for slot, value in self._optimizer.state[parameter].items()
+        }
+
+    def forward_backward(
+        self,
+        microbatches: Sequence[Batch],
+        objective: Objective,
+        seed: int,
+        step: int,
+        global_batch: int,
+    ) -> StepResult:
+        losses, times = [], []
+        for index, batch in enumerate(microbatches):
+            with self._synchronising(index == len(microbatches) - 1):
+                with self._clock.phase("forward"):
+                    prepared = objective.prepare(batch, Draw(seed, step, batch.position))
+                    with computing(self._precision, self.device):
+                        outputs = self._model.trained(**prepared.inputs)
+                    loss = objective.loss(outputs, prepared.targets)
+                with self._clock.phase("backward"):
+                    (loss.sum() * (self.data_size / global_batch)).backward()
+            losses.append(loss.detach())
+            if prepared.time is not None:
+                times.append(prepared.time)
+        return StepResult(torch.cat(losses), torch.cat(times) if times else None)
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        with self._clock.phase("gradient_norm"):
+            return clip_gradients(self._model.parameters.values(), max_norm)
+
+    def step(self, learning_rate: float, skip: Tensor) -> None:
+        with self._clock.phase("optimizer"):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._step_unless(skip)
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        total = values.detach().clone()
+        for axis in DATA_AXES:
+            if self._mesh[axis].size() > 1:
+                dist.all_reduce(total, group=self._mesh.get_group(axis))
+        return total
+
+    @torch.no_grad()
+    def forward(self, **inputs: Tensor) -> Tensor:
+        model = self._model.bare
+        model.eval()
+        with self._sampling_stance(), computing(self._precision, self.device):
+            outputs: Tensor = model(**inputs)
+        model.train()
+        # Without a backward nobody drops them, and the caller may write other weights next.
+        release_gathered(model)
+        return outputs.float()
+
+    def _step_unless(self, skip: Tensor) -> None:
+        """The gradient scaler's way of skipping: the kernels themselves look at `found_inf`."""
+        optimizer = self._optimizer
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.to(self.device, torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+
+    def _create_optimizer_state(self) -> None:
+        """A skipped step on zero gradients: state exists and is zero, weights are untouched."""
+        for parameter in self._model.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._step_unless(torch.ones((), device=self.device))
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _synchronising(self, last: bool) -> Iterator[None]:
+        """Gradients travel between ranks at the end of the last microbatch's backward alone."""
+        model = self._model.trained
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        if isinstance(model, DistributedDataParallel) and not last:
+            with model.no_sync():
+                yield
+        else:
+            yield
+
+    def _sampling_stance(self) -> AbstractContextManager[object]:
+        """Samples come in many batch sizes; compiling for each would cost more than it saves."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()

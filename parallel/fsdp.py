@@ -1,0 +1,53 @@
+"""Data parallelism: FSDP2 and HSDP cut the model over ranks, DDP keeps whole copies.
+
+Each block is gathered on its own, so at any time a rank holds its shard of everything and one whole
+block (two while the next is fetched). On a 2-D mesh (HSDP) gathers stay within `shard`, and
+gradients are averaged over `replicate` after they have been cut.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from parallel.mesh import Layout
+
+
+def shard_model(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    mesh: DeviceMesh,
+    layout: Layout,
+    *,
+    policy: MixedPrecisionPolicy,
+    reshard_after_forward: bool,
+) -> None:
+    """Cut each block, then the rest of the model, in place; parameters become DTensors."""
+    axes: Any = ("replicate", "shard") if layout.strategy == "hsdp" else "shard"
+    for module in (*blocks, model):
+        fully_shard(
+            module,
+            mesh=mesh[axes],
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+
+
+def replicate_model(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:
+    """Average gradients over `replicate`; every rank has drawn the same weights already."""
+    return DistributedDataParallel(
+        model,
+        process_group=mesh.get_group("replicate"),
+        init_sync=False,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Drop gathered copies, so that the next forward gathers the shards as they are then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

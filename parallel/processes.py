@@ -1,0 +1,121 @@
+"""Ranks: which device each drives, and how they find each other.
+
+The launcher (torchrun's or our own) tells a process its place by RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; a process that was told nothing is the only one. A group is made for a
+single rank too, so that meshes and checkpoints are the same code on one rank and on a thousand.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+
+from flows.errors import UserError
+
+DevicePreference = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place.
+
+    rank: among all processes
+    local_rank: among those of this machine, the index of its accelerator
+    device: what it computes on
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that speaks for all."""
+        return self.rank == 0
+
+
+def start(preference: DevicePreference, timeout_seconds: float) -> Ranks:
+    """Join the process group; a collective that takes longer than the timeout is an error.
+
+    Raises UserError where the environment of the launcher is incomplete or the device is missing.
+    """
+    rank, world_size, local_rank = (
+        _integer("RANK", 0),
+        _integer("WORLD_SIZE", 1),
+        _integer("LOCAL_RANK", 0),
+    )
+    device = choose_device(preference, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The CPU backend beside NCCL carries checkpoint plans and other small objects.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(
+        backend,
+        store=_store(rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return Ranks(rank, world_size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(preference: DevicePreference, local_rank: int) -> torch.device:
+    """The accelerator of this rank, or the CPU; "auto" takes CUDA where there is any."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if preference == "cpu" or (preference == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(
+            f"Rank {local_rank} of this machine has no CUDA device of its own, for the machine has "
+            f"{count}; start at most {count} ranks on it, or ask for the CPU."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Where ranks find each other's addresses.
+
+    Each attempt of an elastic launcher has its own prefix: the launcher's store outlives an
+    attempt, and the addresses of dead ranks would be found in it.
+    """
+    if world_size == 1:
+        return HashStore()
+    address = os.environ.get("MASTER_ADDR")
+    if address is None:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set; start the ranks by "
+            f"`flowmill train --ranks {world_size}` or torchrun, or set it and MASTER_PORT."
+        )
+    launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        address,
+        _integer("MASTER_PORT", None),
+        world_size,
+        is_master=rank == 0 and not launcher_hosts,
+        timeout=timeout,
+    )
+    return PrefixStore(f"attempt{_integer('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _integer(name: str, absent: int | None) -> int:
+    value = os.environ.get(name)
+    if value is None and absent is not None:
+        return absent
+    if value is None or not value.isdigit():
+        raise UserError(
+            f"The environment variable {name} is {value!r}, which is not a whole number; "
+            "it is the launcher that sets it, so start the ranks by `flowmill train` or torchrun."
+        )
+    return int(value)

@@ -1,0 +1,128 @@
+"""Real ranks for tests: one process each, gloo between them, nothing left behind.
+
+The parent hosts the store where ranks meet, on a port the system picks, as an elastic launcher
+does; so runs that overlap do not meet each other. A rank that fails ends the run with its own
+traceback, the others are killed.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel import processes
+from parallel.processes import Ranks
+
+COLLECTIVE_TIMEOUT_SECONDS = 60.0
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not end in time; the message is its traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, timeout: float = 100.0, **kwargs: Any
+) -> list[Any]:
+    """Call `function(ranks, **kwargs)` on every rank; its results in rank order.
+
+    function: of a module's top level, so that a fresh process can import it
+    result: numbers, text, tensors, and lists and dictionaries of them
+    """
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    ranks: list[tuple[BaseProcess, Connection]] = []
+    try:
+        for rank in range(world_size):
+            parent, child = context.Pipe(duplex=False)
+            environment = _environment(rank, world_size, store.port)
+            process = context.Process(
+                target=_rank_main, args=(function, environment, child, kwargs), daemon=True
+            )
+            process.start()
+            child.close()
+            ranks.append((process, parent))
+        return _collect(ranks, time.monotonic() + timeout)
+    finally:
+        for process, parent in ranks:
+            _end(process)
+            parent.close()
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _rank_main(
+    function: Callable[..., Any],
+    environment: dict[str, str],
+    connection: Connection,
+    kwargs: dict[str, Any],
+) -> None:
+    # Its own process group, so that whatever it starts can be killed with it.
+    os.setpgid(0, 0)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    buffer = io.BytesIO()
+    try:
+        ranks: Ranks = processes.start("cpu", COLLECTIVE_TIMEOUT_SECONDS)
+        torch.save({"result": function(ranks, **kwargs)}, buffer)
+        dist.barrier()
+    except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
+        buffer = io.BytesIO()
+        torch.save({"error": traceback.format_exc()}, buffer)
+    connection.send_bytes(buffer.getvalue())
+    processes.stop()
+
+
+def _collect(ranks: list[tuple[BaseProcess, Connection]], deadline: float) -> list[Any]:
+    """Results as they come; the first failure ends the waiting."""
+    results: dict[int, Any] = {}
+    waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailed(f"ranks {sorted(waiting.values())} did not end in time")
+        for connection in ready:
+            rank = waiting.pop(connection)  # type: ignore[call-overload]
+            results[rank] = _receive(connection, rank, ranks[rank][0])  # type: ignore[arg-type]
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _receive(connection: Connection, rank: int, process: BaseProcess) -> Any:
+    try:
+        message = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=True)
+    except EOFError:
+        process.join(5.0)
+        raise RankFailed(f"rank {rank} died with exit code {process.exitcode}") from None
+    if "error" in message:
+        raise RankFailed(f"rank {rank} failed:\n{message['error']}")
+    return message["result"]
+
+
+def _end(process: BaseProcess) -> None:
+    """Give a rank that has answered a moment to leave; then kill it and all it started."""
+    process.join(0.5 if process.is_alive() else None)
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        # Gone with all its children, or killed before it had a group of its own.
+        process.kill()
+    process.join()
