@@ -133,7 +133,7 @@ def _runs(
     offset: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Tensor, int]:
-    """Where the runs of a piece start inside the flattened whole, (runs,) int64, and their length."""
+    """(runs,) int64 where the runs of a piece start in the flattened whole, and their length."""
     starts = torch.zeros(1, dtype=torch.int64, device=device)
     if math.prod(shape) == 0:
         return starts, 0
