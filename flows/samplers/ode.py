@@ -1,0 +1,68 @@
+"""The probability-flow ODE dx/dt = v(x, t), from noise at t = 0 to data at t = 1."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+OdeSolver = Literal["euler", "heun", "midpoint", "dopri5"]
+VelocityField = Callable[[Tensor, float], Tensor]
+
+# Tolerances of the adaptive solver. SiT's relative 1e-3 leaves 3 % of error in the spread of a
+# Gaussian on the linear path, for as many evaluations.
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+
+
+def solve_ode(field: VelocityField, x: Tensor, times: Sequence[float], solver: OdeSolver) -> Tensor:
+    """x at times[-1] from x (batch, ...) float32 at times[0].
+
+    euler (order 1) evaluates the field once a step, heun and midpoint (order 2) twice. dopri5
+    (order 5) uses the ends of `times` alone; its steps suit the sample with the largest error.
+    """
+    if solver == "dopri5":
+        return _dopri5(field, x, times[0], times[-1])
+    step = {"euler": _euler, "heun": _heun, "midpoint": _midpoint}[solver]
+    for start, end in pairwise(times):
+        x = step(field, x, start, end)
+    return x
+
+
+def _euler(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+    return x + (end - start) * field(x, start)
+
+
+def _heun(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+    """The trapezoidal rule, its end predicted by Euler."""
+    step = end - start
+    before = field(x, start)
+    after = field(x + step * before, end)
+    return x + step / 2 * (before + after)
+
+
+def _midpoint(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+    step = end - start
+    middle = x + step / 2 * field(x, start)
+    return x + step * field(middle, start + step / 2)
+
+
+def _dopri5(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+    ends = torch.tensor([start, end], dtype=torch.float64, device=x.device)
+    path: Tensor = odeint(
+        lambda t, y: field(y, t.item()),
+        x,
+        ends,
+        rtol=RELATIVE,
+        atol=ABSOLUTE,
+        method="dopri5",
+        # A step must end at the last time: beyond it there is no velocity.
+        options={"norm": _largest_rms, "step_t": ends[1:]},
+    )
+    return path[-1]
+
+
+def _largest_rms(error: Tensor) -> Tensor:
+    """() root mean square of the worst sample; the mean over the batch would hide it."""
+    return error.flatten(1).square().mean(1).sqrt().max()
