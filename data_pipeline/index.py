@@ -1,8 +1,9 @@
 """Where every sample of a shard lies, read from the tar's headers once and kept in a small file.
 
-An index made by `flowmill data index` lies beside its shard (`x.tar.index.npz`); one made in passing lies in
-the user's cache folder, so that training never writes among the data. Either is believed only while the
-shard's size and time of change are those it was made for. The file is a NumPy archive without pickles.
+An index made by `flowmill data index` lies beside its shard (`x.tar.index.npz`); one made in
+passing lies in the user's cache folder, so that training never writes among the data. Either is
+believed only while the shard's size and time of change are those it was made for. The file is a
+NumPy archive without pickles.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ class ShardIndex:
 
     keys: (samples,) member names without extension
     extensions: what follows the first dot of member names, in lower case
-    offsets, sizes: (samples, extensions) int64 bytes in the shard; offset -1 where a sample has no such member
+    offsets, sizes: (samples, extensions) int64 bytes in the shard; offset -1 where a sample has no
+        such member
     """
 
     url: str
@@ -76,7 +78,7 @@ def open_index(url: str) -> ShardIndex:
 
 
 def write_index(url: str) -> str:
-    """Make the index of a shard anew, and say where it is kept: beside it, or in the cache if that fails."""
+    """Make the index of a shard anew; returns its place: beside it, or the cache if that fails."""
     place = resolve(url)
     signature = sign(url, place)
     index = scan(url)
@@ -89,7 +91,7 @@ def write_index(url: str) -> str:
 
 
 def sign(url: str, place: Place) -> str:
-    """What changes when the shard changes: its size and, where the storage has one, its change mark."""
+    """What changes when the shard does: its size and, if the storage has one, its change mark."""
     try:
         facts = place.storage.info(place.path)
     except OSError as error:
@@ -101,8 +103,8 @@ def sign(url: str, place: Place) -> str:
 def scan(url: str) -> ShardIndex:
     """Read every header of a shard.
 
-    Raises UserError, naming shard and member, for a truncated or damaged tar, a duplicate key, a path that
-    leads outside, a link, a device or a pickle.
+    Raises UserError, naming shard and member, for a truncated or damaged tar, a duplicate key, a
+    path that leads outside, a link, a device or a pickle.
     """
     place = resolve(url)
     rows: dict[str, dict[str, tuple[int, int]]] = {}
@@ -114,12 +116,12 @@ def scan(url: str) -> ShardIndex:
                     continue
                 if extension.rpartition(".")[2] in PICKLES:
                     raise UserError(
-                        f"{url}: member {name} is a pickle, which could run code when read; remove it"
+                        f"{url}: member {name} is a pickle and could run code; remove it"
                     )
                 row = rows.setdefault(key, {})
                 if extension in row:
                     raise UserError(
-                        f"{url}: duplicate key {key}: two members {key}.{extension}; pack the shard again"
+                        f"{url}: duplicate key {key}: two members {key}.{extension}; pack it again"
                     )
                 row[extension] = (offset, size)
     except tarfile.TarError as error:
@@ -154,7 +156,7 @@ def _members(stream: IO[bytes], url: str) -> Iterator[tuple[str, int, int]]:
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         while member := archive.next():
             # tarfile keeps all it has seen; a shard can hold millions.
-            archive.members = []
+            archive.members = []  # type: ignore[attr-defined]
             if member.isdir():
                 continue
             _refuse_unsafe(member, url)
@@ -167,7 +169,7 @@ def _members(stream: IO[bytes], url: str) -> Iterator[tuple[str, int, int]]:
             f"{url}: no end mark at byte {end}: truncated or damaged; copy or pack the shard again"
         )
     if stream.read(READ_AHEAD).strip(b"\0"):
-        raise UserError(f"{url}: data after the end mark at byte {end}; split joined tars, pack again")
+        raise UserError(f"{url}: data after its end mark at byte {end}; pack joined tars again")
 
 
 def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:

@@ -1,13 +1,14 @@
 """The order of the endless stream of samples: position -> (epoch, shard, sample), a pure function.
 
-An epoch is one pass over all `N` samples. For each epoch the shards are put in a new order and read as one
-list of N samples. That list is cut, at sample level, into `lanes` contiguous runs whose lengths differ by at
-most one; positions are dealt to the lanes in turn, and each lane shuffles its samples inside windows of
-`window`. So memory is O(shards), any position is found in the same time, and nothing depends on the number
-of ranks: a rank asks for the positions it wants.
+An epoch is one pass over all `N` samples. For each epoch the shards are put in a new order and read
+as one list of N samples. That list is cut, at sample level, into `lanes` contiguous runs whose
+lengths differ by at most one; positions are dealt to the lanes in turn, and each lane shuffles its
+samples inside windows of `window`. So memory is O(shards), any position is found in the same time,
+and nothing depends on the number of ranks: a rank asks for the positions it wants.
 
-All shuffling is one function, `permute`: the swap-or-not cipher (Hoang, Morris and Rogaway 2012, "An
-enciphering scheme based on a card shuffle"), which permutes 0 .. count - 1 for any count without a table.
+All shuffling is one function, `permute`: the swap-or-not cipher (Hoang, Morris and Rogaway 2012,
+"An enciphering scheme based on a card shuffle"), which permutes 0 .. count - 1 for any count
+without a table.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ UInt64 = NDArray[np.uint64]
 ROUNDS = 24
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ROUND_KEYS = GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64)
-# One epoch's shard order is 16 bytes a shard; a batch touches two epochs unless the data set is tiny.
+# One epoch's shard order is 16 bytes a shard; a batch touches two epochs, more if data is tiny.
 KEPT_EPOCHS = 4
 SHARDS, WINDOWS = 1, 2
 
@@ -101,7 +102,7 @@ def permute(index: Int64, count: Int64, key: UInt64) -> Int64:
     for round_key in ROUND_KEYS:
         word = mix(key + round_key)
         pivot = word % size
-        # In every round each place has one partner, and a coin of the pair decides whether they swap.
+        # In every round each place has one partner; a coin of the pair decides if they swap.
         partner = np.where(place <= pivot, pivot - place, pivot + size - place)
         coin = mix(word + np.maximum(place, partner)) >> np.uint64(63)
         place = np.where(coin == 1, partner, place)

@@ -1,13 +1,13 @@
-"""Which shards a pattern names: braces and globs, on any storage fsspec knows, and the embedded data."""
+"""Which shards a pattern names: braces and globs, on any storage, and the embedded data sets."""
 
-import os.path
+import itertools
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from flows.errors import UserError
 
@@ -15,7 +15,10 @@ EMBEDDED = "embedded:"
 
 
 class Place(NamedTuple):
-    """Where a URL leads: an fsspec file system and a path in it. `local`: a plain file of this machine."""
+    """Where a URL leads: an fsspec file system and a path in it.
+
+    local: the path is a plain file of this machine
+    """
 
     storage: Any
     path: str
@@ -30,15 +33,17 @@ def embedded_folder() -> Path:
 def expand(pattern: str) -> tuple[str, ...]:
     """Every shard that `pattern` names, sorted, each once.
 
-    `{000000..000003}` and `{a,b}` name shards that must exist; `*`, `?` and `[...]` match those that do.
-    `embedded:digits28/train-*.tar` looks among the data sets that come with the package.
+    `{000000..000003}` and `{a,b}` name shards that must exist; `*`, `?` and `[...]` match those
+    that do. `embedded:digits28/train-*.tar` looks among the data sets that come with the package.
 
     Raises UserError if a named shard is missing or nothing matches.
     """
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
-        raise UserError(f"{pattern}: the braces do not pair; write {{00..07}} or {{a,b}}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{pattern}: braces that do not pair; write {{00..07}} or {{a,b}}"
+        ) from error
     found: set[str] = set()
     for name in names:
         found.update(_match(name, pattern))
@@ -54,7 +59,9 @@ def _match(name: str, pattern: str) -> list[str]:
         else:
             paths = [place.path] if place.storage.exists(place.path) else []
     except OSError as error:
-        raise UserError(f"{pattern}: cannot be listed ({error}); check address and rights") from error
+        raise UserError(
+            f"{pattern}: cannot be listed ({error}); check address and rights"
+        ) from error
     if not paths:
         what = "no shard" if name == pattern else f"no shard {name}"
         raise UserError(f"{pattern}: there is {what} at that place; check the path and the pattern")
@@ -69,7 +76,7 @@ def locate_embedded(name: str) -> str:
         return name
     inside = name.removeprefix(EMBEDDED)
     if ".." in Path(inside).parts or Path(inside).is_absolute():
-        raise UserError(f"{name}: a path after `embedded:` stays inside the package; drop `..` and `/`")
+        raise UserError(f"{name}: embedded data lies inside the package; drop `..` and `/`")
     return str(embedded_folder() / inside)
 
 
@@ -85,8 +92,11 @@ def resolve(url: str) -> Place:
 
 
 def short_names(urls: tuple[str, ...]) -> tuple[str, ...]:
-    """Shards by their path below the deepest folder all share, without `.tar`: unique, and free of where
-    the data set lies."""
+    """Shards by their path below the deepest folder that all share, without `.tar`.
+
+    Unique within a data set, and the same wherever the data set lies.
+    """
     parts = [url.split("/") for url in urls]
-    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     return tuple("/".join(part[shared:]).removesuffix(".tar") for part in parts)

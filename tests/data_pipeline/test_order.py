@@ -1,4 +1,4 @@
-"""The order of the stream: each sample once an epoch, whoever reads it, and random access to any position."""
+"""The order of the stream: each sample once an epoch, whoever reads it, found from any position."""
 
 import time
 from itertools import pairwise
@@ -37,9 +37,7 @@ def test_any_sequence_of_world_sizes_reads_the_same_global_batches(
     sizes, lanes, windows, seed, batch, worlds
 ):
     """Each rank asks for its contiguous share alone; the world changes at every batch."""
-    whole = pairs(
-        Order(sizes, seed=seed, lanes=lanes, window=windows), range(batch * len(worlds))
-    )
+    whole = pairs(Order(sizes, seed=seed, lanes=lanes, window=windows), range(batch * len(worlds)))
     read = []
     for step, ranks in enumerate(worlds):
         for rank in range(ranks):
@@ -94,7 +92,8 @@ def test_shards_change_places_between_epochs():
 
 
 def test_permutations_are_uniform():
-    """Over many keys every place goes everywhere equally often, and so does every pair of places."""
+    """Over many keys every place goes everywhere equally often, and so does every pair of
+    places."""
     keys = fold(11, np.arange(20_000))
     for count in (2, 3, 5):
         size = np.full(len(keys), count)

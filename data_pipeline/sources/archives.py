@@ -1,0 +1,53 @@
+"""Samples that lie in WebDataset tars already: re-sharded, or labelled out of their JSON."""
+
+import json
+from bisect import bisect_right
+from itertools import accumulate
+
+from data_pipeline.index import open_index
+from data_pipeline.reader import Range, RangeReader
+from data_pipeline.shards import expand
+from data_pipeline.sources.source import Sample
+from flows.errors import UserError
+
+
+class TarSource:
+    """Samples of tars, member by member as they are.
+
+    label_field, caption_field: fields of each sample's `.json` that become its `.cls` and `.txt`
+    """
+
+    def __init__(self, pattern: str, *, label_field: str | None, caption_field: str | None) -> None:
+        self.indexes = [open_index(url) for url in expand(pattern)]
+        self.ends = list(accumulate(len(index) for index in self.indexes))
+        fields = {"cls": label_field, "txt": caption_field}
+        self.fields = {extension: field for extension, field in fields.items() if field}
+        self.reader = RangeReader()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, number: int) -> Sample:
+        shard = bisect_right(self.ends, number)
+        index = self.indexes[shard]
+        row = number - (self.ends[shard - 1] if shard else 0)
+        present = [c for c in range(len(index.extensions)) if index.offsets[row, c] >= 0]
+        places = [
+            Range(index.url, int(index.offsets[row, c]), int(index.sizes[row, c])) for c in present
+        ]
+        names = [index.extensions[c] for c in present]
+        members = dict(zip(names, self.reader.read(places), strict=True))
+        key = str(index.keys[row])
+        if self.fields:
+            members |= self._from_json(members, f"{index.url}: sample {key}")
+        return Sample(key, members)
+
+    def _from_json(self, members: dict[str, bytes], name: str) -> dict[str, bytes]:
+        try:
+            record = json.loads(members["json"])
+            return {e: str(record[field]).encode() for e, field in self.fields.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            wanted = ", ".join(self.fields.values())
+            raise UserError(
+                f"{name}: its .json has no readable {wanted} ({error}); name other fields"
+            ) from error
