@@ -73,7 +73,8 @@ class Draw:
         return philox(counter, (key0, key1))
 
     def _shaped(self, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return numbers[:, : math.prod(shape)].reshape(len(self.samples), *shape)
+        wanted = numbers[:, : math.prod(shape)].contiguous()
+        return wanted.view(len(self.samples), *shape)
 
 
 def uniform_runs(seed: int, stream: str, start: Tensor, count: int) -> Tensor:
