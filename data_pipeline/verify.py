@@ -36,7 +36,7 @@ class Report:
 def verify(pattern: str, *, classes: int | None) -> Report:
     """Read, check and decode every sample.
 
-    Raises UserError if the pattern names no shard; what is wrong inside shards goes into the report.
+    Raises UserError if the pattern names no shard; what is wrong inside shards is reported.
     """
     report = Report()
     seen: dict[str, str] = {}
@@ -55,7 +55,7 @@ def verify(pattern: str, *, classes: int | None) -> Report:
 
 
 def _note_duplicates(contents: Samples, seen: dict[str, str], report: Report) -> None:
-    """Keys are unique within a shard already; a key in two shards is one sample trained on twice."""
+    """A key in two shards is one sample trained on twice; within a shard keys are unique."""
     count = contents.sizes[0]
     url = contents.urls[0]
     for name in contents.keys(np.zeros(count, np.int64), np.arange(count)):

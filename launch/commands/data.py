@@ -87,7 +87,7 @@ def verify(
 
     report = verifier.verify(pattern, classes=classes)
     if as_json:
-        _print_json(asdict(report))
+        _print_json(vars(report))
     else:
         _print_report(pattern, report)
     if picture is not None and not report.problems:
