@@ -69,8 +69,8 @@ class ModelSection(Section):
     width: Positive | None = None
     depth: Positive | None = None
     heads: Positive | None = None
-    learn_sigma: bool = Field(
-        False, description="two outputs a channel, as DiT has; the second is unused"
+    learn_sigma: bool | None = Field(
+        None, description="two outputs a channel, as DiT has (the second is unused); null: by name"
     )
 
 
@@ -346,3 +346,11 @@ def _keys_at(location: list[str]) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
+
+
+def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """`recipe` with `section.key=value` changes, checked anew."""
+    data = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(data, override)
+    return build_recipe(data, "the changed recipe")

@@ -13,7 +13,7 @@ from trainer.recipe import Recipe, build_recipe, parse_yaml, write_recipe
 # What decides the science of a run: a resume that changed one of these would be another run.
 FIXED = (
     "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip",
-    "data.lanes", "data.window", "model", "train.batch", "train.ema",
+    "data.lanes", "data.window", "model", "objective.prediction", "train.batch", "train.ema",
 )  # fmt: skip
 
 
@@ -38,6 +38,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.root / "samples"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.root / "loss.png"
 
     @property
     def logs(self) -> Path:

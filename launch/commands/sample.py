@@ -1,0 +1,47 @@
+"""`flowmill sample`: pictures from a trained run."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.errors import UserError
+
+RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
+SampleOverrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, as sample.key=value or seed=value.")
+]
+
+
+def sample(
+    run: RunArgument,
+    overrides: SampleOverrides = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples to draw, classes in turn.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="The PNG; default RUN/samples/final.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Draw samples from the averaged weights of the newest whole checkpoint into one picture."""
+    from trainer import pictures
+    from trainer.reporting import add_artifact
+    from trainer.run_folder import open_run
+    from trainer.sampling import sample_checkpoint, with_overrides
+
+    folder, recipe = open_run(run)
+    recipe = with_overrides(recipe, overrides or [])
+    path = out or folder.samples / "final.png"
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path} is not a .png file; name one.")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first.")
+    drawn = sample_checkpoint(folder, recipe, count)
+    pictures.class_grid(drawn.images, drawn.labels, recipe.data.classes, path)
+    add_artifact(folder, recipe, path, "samples")
+    result = {"picture": str(path), "samples": count, "network_calls": drawn.network_calls}
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    Console(soft_wrap=True).print(
+        f"{count} samples at {drawn.network_calls} network calls each: {path}", highlight=False
+    )

@@ -1,0 +1,66 @@
+"""`flowmill train`: check everything, then start or join the ranks."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.errors import UserError
+from launch.progress import ProgressLine
+from launch.ranks import die_with_parent, joined_by_launcher, run_ranks, world_size_from_launcher
+from trainer.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from trainer.dry_run import Check
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Local ranks to start.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.")] = False,
+) -> None:
+    """Train a recipe; in a run folder that holds a checkpoint, go on from it.
+
+    Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own.
+    """
+    # torch takes seconds to import: `flowmill --help` should not.
+    from trainer.dry_run import check
+    from trainer.running import run_training
+
+    loaded = load_recipe(recipe, overrides or [])
+    joined = joined_by_launcher()
+    world_size = world_size_from_launcher() if joined else ranks or 1
+    if joined and ranks is not None and ranks != world_size:
+        raise UserError(
+            f"--ranks {ranks} contradicts the launcher, which started {world_size}; leave it out."
+        )
+    if dry_run:
+        _print_checks(check(loaded, world_size), as_json)
+    elif joined or world_size == 1:
+        die_with_parent()
+        check(loaded, world_size)
+        with ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
+            run_training(loaded, world_size, progress)
+    else:
+        check(loaded, world_size)
+        sys.exit(run_ranks(sys.argv[1:], world_size, Path(loaded.run.dir) / "logs"))
+
+
+def _print_checks(checks: "Sequence[Check]", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks]))
+        return
+    table = Table("checked", "found", title="ready to train; nothing was started")
+    for check in checks:
+        table.add_row(check.what, check.found)
+    Console().print(table)

@@ -1,0 +1,86 @@
+"""Everything that can be checked about a run before a process group is made."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flows.errors import UserError
+from flows.models.dit import DiT, forward_flops, parameter_count
+from trainer.assembly import Plan, plan
+from trainer.checkpoints.store import list_checkpoints
+from trainer.recipe import Recipe
+from trainer.run_folder import RunFolder, check_resume
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of what was looked at, and what was found."""
+
+    what: str
+    found: str
+
+
+def check(recipe: Recipe, world_size: int) -> list[Check]:
+    """Layout, model on the meta device, shards, run folder and disk. Raises UserError at the first fault.
+
+    Writes nothing but the shards' index files.
+    """
+    made = plan(recipe, world_size)
+    run = RunFolder(Path(recipe.run.dir))
+    changed = check_resume(run, recipe)
+    with torch.device("meta"):
+        parameters = parameter_count(DiT(made.model), trainable_only=True)
+    checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
+    free = _free_disk(run.root)
+    if free < checkpoint_bytes * (recipe.checkpoint.keep + 1):
+        raise UserError(
+            f"run.dir = {run.root} has {free / GIB:.1f} GiB free, and {recipe.checkpoint.keep + 1} "
+            f"checkpoints need {checkpoint_bytes * (recipe.checkpoint.keep + 1) / GIB:.1f} GiB; "
+            "free some, choose another folder, or lower checkpoint.keep."
+        )
+    return [
+        *_layout_checks(made),
+        Check("model", f"{parameters:,} trainable parameters"),
+        Check("step", f"{3 * forward_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
+        Check("memory a rank", f"{_state_bytes(made, parameters) / GIB:.3f} GiB before activations"),
+        *_data_checks(made),
+        Check("checkpoint", f"{checkpoint_bytes / GIB:.3f} GiB each, {free / GIB:.1f} GiB free"),
+        Check("run folder", _run_state(run, changed)),
+    ]
+
+
+def _layout_checks(made: Plan) -> list[Check]:
+    layout, train = made.layout, made.recipe.train
+    micro = min(train.microbatch or made.local_batch, made.local_batch)
+    degrees = f"{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
+    batch = f"{train.batch} = {layout.data_size} ranks x {made.local_batch}, microbatch {micro}"
+    return [Check("layout", degrees), Check("batch", batch)]
+
+
+def _data_checks(made: Plan) -> list[Check]:
+    stream, train = made.stream, made.recipe.train
+    epochs = train.steps * train.batch / stream.samples
+    return [Check("shards", f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs")]
+
+
+def _state_bytes(made: Plan, parameters: int) -> float:
+    """float32 weights, gradients, two moments and the averages, cut over the shard axis."""
+    return 4 * parameters * (4 + len(made.recipe.train.ema)) / made.layout.shard
+
+
+def _run_state(run: RunFolder, changed: list[str]) -> str:
+    whole = [c for c in list_checkpoints(run.checkpoints) if c.damage is None]
+    if not whole:
+        return "new"
+    change = f"; changed: {', '.join(changed)}" if changed else ""
+    return f"resumes from step {whole[-1].step}{change}"
+
+
+def _free_disk(folder: Path) -> int:
+    """Free bytes where the folder is, or will be."""
+    existing = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    return shutil.disk_usage(existing).free

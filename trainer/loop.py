@@ -1,0 +1,165 @@
+"""The loop: ask for a batch, draw its noise, go forward and backward, clip, step, average, meter.
+
+Components go in, events come out; nobody subclasses it. It does not know which engine moves the model.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Loader
+from flows.objectives.objective import Objective
+from parallel.clock import Clock
+from parallel.engines.engine import Engine
+from trainer.checkpoints.store import save
+from trainer.ema import Ema
+from trainer.meters import Meters
+from trainer.recipe import Recipe
+from trainer.reporting import Quiet
+from trainer.run_folder import RunFolder
+from trainer.sampling import sample_over_ranks
+from trainer.schedules import learning_rate
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything one rank trains with."""
+
+    recipe: Recipe
+    run: RunFolder
+    engine: Engine
+    objective: Objective
+    loader: Loader
+    ema: Ema
+    meters: Meters
+    clock: Clock
+    report: Quiet
+
+
+def train(parts: Parts, first: int) -> int:
+    """Train from step `first` to the end of the recipe; the number of steps done.
+
+    When any rank is asked to stop by a signal, all save a checkpoint at the same step and return.
+    Raises UserError when too many steps in a row had a non-finite gradient.
+    """
+    recipe, meters = parts.recipe, parts.meters
+    last = recipe.train.steps
+    with stop_requested() as stop:
+        for done in range(first + 1, last + 1):
+            one_step(parts, done - 1, stop.is_set())
+            ending = meters.stop_agreed or done == last
+            if ending or done % recipe.checkpoint.every == 0:
+                checkpoint(parts, done)
+            if recipe.sample.every and (done == last or done % recipe.sample.every == 0):
+                show_samples(parts, done)
+            if ending:
+                return done
+    return first
+
+
+def one_step(parts: Parts, step: int, stop: bool) -> None:
+    """Optimizer step `step`, counted from 0, of the whole world; the host does not wait for it."""
+    recipe, engine, loader, clock = parts.recipe, parts.engine, parts.loader, parts.clock
+    batch = next(loader).to(engine.device)
+    microbatches = list(batch.split(recipe.train.microbatch or len(batch)))
+    result = engine.forward_backward(
+        microbatches, parts.objective, recipe.seed, step, recipe.train.batch
+    )
+    norm = engine.clip_gradients(recipe.optimizer.clip)
+    skip = 1.0 - torch.isfinite(norm).float()
+    rate = rate_at(recipe, step)
+    engine.step(rate, skip)
+    with clock.phase("average"):
+        parts.ema.update(engine.parameters(), skip, step)
+    parts.meters.push(
+        step,
+        result,
+        norm=norm,
+        skip=skip,
+        learning_rate=rate,
+        stop=stop,
+        host={
+            "data_wait_seconds": loader.wait_seconds,
+            "queue_depth": loader.queue_depth,
+            "seconds": clock.take(),
+        },
+        sum_over_data=engine.sum_over_data,
+    )
+    for line in parts.meters.ready():
+        parts.report.step(line)
+
+
+def rate_at(recipe: Recipe, step: int) -> float:
+    """The learning rate of optimizer step `step`."""
+    section = recipe.optimizer
+    return learning_rate(
+        step,
+        lr=section.lr,
+        warmup=section.warmup,
+        steps=recipe.train.steps,
+        schedule=section.schedule,
+        final_lr=section.final_lr,
+    )
+
+
+def checkpoint(parts: Parts, done: int) -> None:
+    """Commit everything the run needs to go on after `done` steps; its metrics are written first."""
+    for line in parts.meters.ready(behind=0):
+        parts.report.step(line)
+    with parts.clock.phase("checkpoint"):
+        save(
+            parts.run.checkpoints,
+            step=done,
+            tensors=checkpoint_tensors(parts),
+            state={
+                "step": done,
+                "loader": parts.loader.state_dict(),
+                "meters": parts.meters.state_dict(),
+            },
+            keep=parts.recipe.checkpoint.keep,
+        )
+    parts.report.checkpoint(done)
+    parts.meters.restart_clock()
+
+
+def checkpoint_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Canonical name -> tensor, the same names under any layout; loading writes in place."""
+    return {
+        **{f"model.{name}": value.detach() for name, value in parts.engine.parameters().items()},
+        **{f"optimizer.{name}": value for name, value in parts.engine.optimizer_tensors().items()},
+        **{f"ema.{name}": value for name, value in parts.ema.tensors().items()},
+    }
+
+
+def show_samples(parts: Parts, done: int) -> None:
+    """A grid from the averaged weights: drawn by all ranks, shown by the first."""
+    with parts.clock.phase("sample"):
+        drawn = sample_over_ranks(parts.engine, parts.ema, parts.recipe)
+    parts.report.samples(done, drawn.images, drawn.labels)
+    parts.meters.restart_clock()
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that SIGTERM, SIGINT and SIGUSR1 set; a second signal acts as it did before."""
+    event = threading.Event()
+    before = {kind: signal.getsignal(kind) for kind in STOP_SIGNALS}
+
+    def ask(number: int, _frame: object) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for kind in STOP_SIGNALS:
+        signal.signal(kind, ask)
+    try:
+        yield event
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,124 @@
+"""What a run tells the world. Rank 0 speaks: to the run folder, to MLflow, to the person watching."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer import metrics_log, pictures, tracking
+from trainer.metrics_log import MetricsLog
+from trainer.recipe import Recipe
+from trainer.run_folder import RunFolder
+from trainer.tracking import Silent
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Whoever watches: a terminal, a log, or nobody."""
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
+
+
+class Quiet:
+    """The report of every rank but the first."""
+
+    def note(self, text: str) -> None: ...
+
+    def resume(self, step: int) -> None: ...
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
+
+    def checkpoint(self, step: int) -> None: ...
+
+    def end(self, step: int, steps: int) -> None: ...
+
+    def samples(self, step: int, images: Tensor, labels: Tensor) -> None: ...
+
+
+class Report(Quiet):
+    """The report of rank 0: one line a step, a picture now and then."""
+
+    def __init__(self, run: RunFolder, tracker: Silent, progress: Progress, classes: int) -> None:
+        self._run, self._tracker, self._progress = run, tracker, progress
+        self._log = MetricsLog(run.metrics)
+        self._classes = classes
+        self.finished = False
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def resume(self, step: int) -> None:
+        """Steps after `step` will come again: their lines are dropped."""
+        self._log.close()
+        metrics_log.truncate_after(self._run.metrics, step)
+        self._log = MetricsLog(self._run.metrics)
+
+    def close(self) -> None:
+        self._log.close()
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        self._log.append(line)
+        self._tracker.metrics(int(line["step"]), line)
+        self._progress.step(line)
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint was committed: MLflow gets its manifest, the person a line and the loss curve."""
+        folder = f"step-{step:08d}"
+        manifest = self._run.checkpoints / folder / "manifest.json"
+        self._tracker.artifact(manifest, f"checkpoints/{folder}")
+        pictures.loss_curve(metrics_log.read(self._run.metrics), self._run.loss_curve)
+        self._tracker.artifact(self._run.loss_curve)
+        self.note(f"checkpoint at step {step}")
+
+    def end(self, step: int, steps: int) -> None:
+        """The loop returned after `step` of `steps`; fewer where it was asked to stop."""
+        self.finished = step >= steps
+        self.note(f"{'done' if self.finished else 'stopped'} after step {step} of {steps}")
+
+    def samples(self, step: int, images: Tensor, labels: Tensor) -> None:
+        """A grid of this step, kept as numbers too, so that the grid over training can grow."""
+        bytes_ = to_bytes(images).numpy()
+        path = self._run.samples / f"step-{step:08d}"
+        np.savez_compressed(path.with_suffix(".npz"), images=bytes_, labels=labels.numpy())
+        pictures.class_grid(images, labels, self._classes, path.with_suffix(".png"))
+        rows = [
+            (int(file.stem.removeprefix("step-")), _read_images(file))
+            for file in sorted(self._run.samples.glob("step-*.npz"))
+        ]
+        over_time = self._run.samples / "training.png"
+        pictures.training_grids(rows, over_time)
+        for picture in (path.with_suffix(".png"), over_time):
+            self._tracker.artifact(picture, "samples")
+
+
+def open_tracker(run: RunFolder, recipe: Recipe, warn: Callable[[str], None]) -> Silent:
+    """MLflow for this run, or nobody if the recipe wants none."""
+    section = recipe.tracking
+    if not section.mlflow:
+        return Silent()
+    uri = section.uri or f"sqlite:///{run.database}"
+    return tracking.start(run.root, uri, section.experiment, recipe.name, None, warn=warn)
+
+
+def add_artifact(run: RunFolder, recipe: Recipe, path: Path, folder: str) -> None:
+    """Add a file to the MLflow run of a training that has ended."""
+    tracker = open_tracker(run, recipe, logger.warning)
+    tracker.artifact(path, folder)
+    tracker.close("FINISHED")
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] float images as uint8, rounded."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _read_images(path: Path) -> Tensor:
+    with np.load(path, allow_pickle=False) as file:
+        return torch.from_numpy(file["images"]).float() / 127.5 - 1

@@ -1,0 +1,175 @@
+"""One rank of a training, from its recipe to its last checkpoint.
+
+The order in which a run begins or goes on is a contract:
+
+1. The recipe is checked against machine, model, shards and run folder; nothing exists yet.
+2. The ranks meet; rank 0 locks the run folder and writes the resolved recipe.
+3. The model is laid over the mesh and drawn from the seed, the averages begin at the weights.
+4. The newest whole checkpoint, if any, overwrites weights, optimizer, averages and counters in place.
+5. The loader stands at the checkpoint's position; metrics after its step are dropped, to be written again.
+6. The loop goes on at the checkpoint's step: everything random is a function of step and position.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.loader import Loader
+from flows.models.dit import DiT, train_flops
+from parallel.clock import Clock
+from parallel.engines.native import NativeEngine, OptimizerFactory
+from parallel.mesh import build_mesh
+from parallel.processes import Ranks, start, stop
+from trainer.assembly import Plan, build_objective, plan
+from trainer.checkpoints.store import latest_whole, load
+from trainer.ema import Ema
+from trainer.loop import Parts, checkpoint_tensors, train
+from trainer.meters import Meters
+from trainer.optimizers import build as build_adamw
+from trainer.recipe import Recipe
+from trainer.reporting import Progress, Quiet, Report, open_tracker
+from trainer.run_folder import RunFolder, check_resume, writing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: steps done, of how many, and whether it was asked to stop."""
+
+    steps: int
+    total: int
+
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.total
+
+
+def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome:
+    """Train `recipe` as one of `world_size` ranks; in a run folder with a checkpoint, go on from it.
+
+    progress: told of every step and event, on rank 0 alone
+    Raises UserError for whatever a person can set right.
+    """
+    made = plan(recipe, world_size)
+    run = RunFolder(Path(recipe.run.dir))
+    changed = check_resume(run, recipe)
+    ranks = start("auto", recipe.parallel.timeout_seconds)
+    try:
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
+        with ExitStack() as stack:
+            report: Quiet = Quiet()
+            if ranks.is_first:
+                report = stack.enter_context(_reporting(run, recipe, ranks, progress))
+            return _train_rank(made, run, ranks, report, changed, stack)
+    finally:
+        stop()
+
+
+def _train_rank(
+    made: Plan, run: RunFolder, ranks: Ranks, report: Quiet, changed: list[str], stack: ExitStack
+) -> Outcome:
+    recipe = made.recipe
+    parts = _assemble(made, run, ranks, report)
+    stack.callback(parts.loader.close)
+    first = _restore(parts)
+    if first:
+        report.note(f"resuming {run.root} from step {first}")
+        for change in changed:
+            report.note(f"changed since it began: {change}")
+    done = train(parts, first)
+    report.end(done, recipe.train.steps)
+    return Outcome(done, recipe.train.steps)
+
+
+def _assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
+    """Everything this rank trains with, at the first step."""
+    recipe, layout = made.recipe, made.layout
+    clock = Clock(ranks.device)
+    with torch.device("meta"):
+        model = DiT(made.model)
+    engine = NativeEngine(
+        model,
+        layout,
+        build_mesh(layout, ranks.device),
+        device=ranks.device,
+        seed=recipe.seed,
+        precision=recipe.train.precision,
+        checkpoint_activations=recipe.train.checkpoint_activations,
+        compile=recipe.train.compile,
+        reshard_after_forward=recipe.parallel.reshard_after_forward,
+        optimizer=_optimizer_factory(recipe, ranks.device),
+        clock=clock,
+    )
+    data = recipe.data
+    loader = Loader(
+        made.stream,
+        open_decoder(
+            data.decoder, image_size=data.image_size, channels=data.channels, threads=data.threads,
+            device=ranks.device,
+        ),
+        seed=recipe.seed,
+        batch=recipe.train.batch,
+        rank=engine.data_rank,
+        ranks=engine.data_size,
+        flip=data.flip,
+        prefetch=data.prefetch,
+        device=ranks.device,
+    )  # fmt: skip
+    meters = Meters(
+        batch=recipe.train.batch,
+        flops=train_flops(made.model),
+        world_size=ranks.world_size,
+        max_skipped=recipe.train.max_skipped,
+        device=ranks.device,
+    )
+    ema = Ema(engine.parameters(), recipe.train.ema)
+    return Parts(recipe, run, engine, build_objective(recipe), loader, ema, meters, clock, report)
+
+
+def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory:
+    section = recipe.optimizer
+    return lambda named: build_adamw(
+        dict(named),
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        device=device,
+    )
+
+
+def _restore(parts: Parts) -> int:
+    """Steps 4 and 5 of the contract; the step to go on from."""
+    newest = latest_whole(parts.run.checkpoints)
+    if newest is None:
+        first = 0
+    else:
+        state = load(newest, checkpoint_tensors(parts))
+        parts.loader.load_state_dict(state["loader"])
+        parts.meters.load_state_dict(state["meters"])
+        first = int(state["step"])
+    parts.report.resume(first)
+    return first
+
+
+@contextmanager
+def _reporting(
+    run: RunFolder, recipe: Recipe, ranks: Ranks, progress: Progress
+) -> Iterator[Report]:
+    """Rank 0's voice: the folder's lock, MLflow, and a true status at the end."""
+    with ExitStack() as stack:
+        stack.enter_context(writing(run, recipe))
+        tracker = open_tracker(run, recipe, progress.note)
+        tracker.recipe(recipe.model_dump(mode="json"))
+        tracker.environment(ranks.world_size, ranks.device)
+        report = Report(run, tracker, progress, recipe.data.classes)
+        stack.callback(report.close)
+        try:
+            yield report
+        except BaseException:
+            tracker.close("FAILED")
+            raise
+        tracker.close("FINISHED" if report.finished else "KILLED")

@@ -1,0 +1,116 @@
+"""Samples from a model, shared out over the ranks that hold it, or by one process from a checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flows.errors import UserError
+from flows.models.dit import DiT
+from flows.objectives.flow_matching import FlowMatching
+from flows.samplers.sampler import sample
+from parallel.engines.engine import Engine
+from parallel.processes import choose_device
+from trainer.assembly import build_objective, model_config
+from trainer.checkpoints.store import latest_whole, load
+from trainer.ema import Ema
+from trainer.recipe import Recipe, override_recipe
+from trainer.run_folder import RunFolder
+
+BATCH = 128  # samples in one network call: bounds memory, changes no sample
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was drawn, on the CPU.
+
+    images: (n, channels, height, width) float32, about [-1, 1]
+    labels: (n,) the class each was asked for
+    network_calls: evaluations of the network for one sample; a guided step costs two
+    """
+
+    images: Tensor
+    labels: Tensor
+    network_calls: int
+
+
+def balanced_labels(count: int, classes: int) -> Tensor:
+    """(count,) 0, 1, ..., classes - 1, 0, 1, ...: every class as often as any other."""
+    return torch.arange(count) % classes
+
+
+def draw_samples(
+    forward: Forward,
+    recipe: Recipe,
+    labels: Tensor,
+    ids: Tensor,
+    device: torch.device,
+) -> Samples:
+    """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
+    objective, section, data = build_objective(recipe), recipe.sample, recipe.data
+
+    def velocity(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return objective.velocity(forward(x=x, t=t, label=label), x, t)
+
+    images, calls = [], 0
+    for part in torch.arange(len(labels)).split(BATCH):
+        drawn = sample(
+            velocity,
+            labels[part].to(device),
+            ids[part].to(device),
+            shape=(data.channels, data.image_size, data.image_size),
+            seed=recipe.seed,
+            path=objective.path,
+            prediction=objective.prediction,
+            null_label=objective.null_label,
+            **section.model_dump(exclude={"every", "count"}),
+        )
+        images.append(drawn.sample.cpu())
+        calls = max(calls, drawn.network_calls)
+    return Samples(torch.cat(images), labels.cpu(), calls)
+
+
+def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
+    """A grid of the averaged weights while training, the same on every rank: a collective.
+
+    Each rank draws an equal share, since a sharded model needs them all in every call.
+    """
+    count = recipe.sample.count
+    labels = balanced_labels(count, recipe.data.classes)
+    share = -(-count // engine.data_size)
+    mine = torch.arange(engine.data_rank * share, (engine.data_rank + 1) * share)
+    own = mine.remainder(count)
+    with ema.applied(engine.parameters(), recipe.train.ema[0]):
+        drawn = draw_samples(engine.forward, recipe, labels[own], own, engine.device)
+    images = torch.zeros(share * engine.data_size, *drawn.images.shape[1:], device=engine.device)
+    images[mine] = drawn.images.to(engine.device)
+    together = engine.sum_over_data(images)[:count].cpu()
+    return Samples(together, labels, drawn.network_calls)
+
+
+def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
+    """`count` samples, classes in turn, from the averaged weights of the newest whole checkpoint."""
+    device = choose_device("auto", 0)
+    newest = latest_whole(run.checkpoints)
+    if newest is None:
+        raise UserError(f"{run.root} has no whole checkpoint yet; train it first.")
+    model = DiT(model_config(recipe)).to(device).eval()
+    prefix = f"ema.{recipe.train.ema[0]}." if recipe.train.ema else "model."
+    weights = {f"{prefix}{name}": weight.data for name, weight in model.named_parameters()}
+    load(newest, weights, prefix=prefix)
+    labels = balanced_labels(count, recipe.data.classes)
+    with torch.inference_mode():
+        return draw_samples(model, recipe, labels, torch.arange(count), device)
+
+
+def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """`recipe` with another seed or other `sample.*` values; the rest belongs to the training."""
+    for override in overrides:
+        if not override.startswith(("sample.", "seed=")):
+            raise UserError(
+                f"Override {override!r} would change the training; here only sample.* and seed can."
+            )
+    return override_recipe(recipe, overrides)
