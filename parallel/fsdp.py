@@ -5,6 +5,7 @@ block (two while the next is fetched). On a 2-D mesh (HSDP) gathers stay within 
 gradients are averaged over `replicate` after they have been cut.
 """
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,8 @@ def shard_model(
     reshard_after_forward: bool,
 ) -> None:
     """Cut each block, then the rest of the model, in place; parameters become DTensors."""
+    # It warns of in-place operations on outputs that are views; outputs are only read here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     axes: Any = ("replicate", "shard") if layout.strategy == "hsdp" else "shard"
     for module in (*blocks, model):
         fully_shard(
@@ -41,7 +44,7 @@ def replicate_model(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParall
         model,
         process_group=mesh.get_group("replicate"),
         init_sync=False,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
 

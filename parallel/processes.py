@@ -49,6 +49,11 @@ def start(preference: DevicePreference, timeout_seconds: float) -> Ranks:
         _integer("WORLD_SIZE", 1),
         _integer("LOCAL_RANK", 0),
     )
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank} but WORLD_SIZE is {world_size}; ranks are numbered from 0, "
+            "so start them by `flowmill train` or torchrun."
+        )
     device = choose_device(preference, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

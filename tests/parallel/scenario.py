@@ -1,0 +1,172 @@
+"""One small training run, told twice: by a plain loop on one device, by the engine on any layout.
+
+The network's sizes are chosen to be awkward: the class table has 6 rows and the last layer 9, so
+four ranks hold unequal pieces and some ranks hold nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flows.batch import Batch
+from flows.initialise import initialise
+from flows.models.dit import DiT, DiTConfig
+from flows.objectives.flow_matching import FlowMatching
+from flows.paths import path_named
+from flows.randomness import Draw
+from flows.times import TimeDistribution
+from parallel.clock import Clock
+from parallel.engines.native import NativeEngine
+from parallel.mesh import Layout, build_mesh
+
+SEED = 11
+GLOBAL_BATCH = 8
+STEPS = 10
+LEARNING_RATE = 5e-3
+MAX_NORM = 0.5
+CONFIG = DiTConfig(
+    image_size=9, channels=1, classes=5, patch=3, width=20, depth=3, heads=2, learn_sigma=False
+)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run left: loss and gradient norm of each step, final weights by canonical name."""
+
+    losses: Tensor
+    norms: Tensor
+    weights: dict[str, Tensor]
+
+    def plain(self) -> dict[str, Any]:
+        return {"losses": self.losses, "norms": self.norms, "weights": self.weights}
+
+
+def objective() -> FlowMatching:
+    return FlowMatching(
+        path=path_named("linear"),
+        prediction="velocity",
+        weighting="none",
+        label_drop=0.2,
+        null_label=CONFIG.classes,
+        time=TimeDistribution("uniform", mean=0.0, std=1.0, shift=1.0),
+    )
+
+
+def global_batch(step: int) -> Batch:
+    """New images at every step, with structure that a network can learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    label = torch.randint(CONFIG.classes, (GLOBAL_BATCH,), generator=generator)
+    image = (
+        torch.rand(GLOBAL_BATCH, 1, 9, 9, generator=generator)
+        - 0.5
+        + label[:, None, None, None] / 5
+    )
+    return Batch(image, label, torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH)
+
+
+def share(batch: Batch, rank: int, size: int) -> Batch:
+    count = GLOBAL_BATCH // size
+    return list(batch.split(count))[rank]
+
+
+def adamw(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [p for _, p in parameters], betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+
+
+def single_device_model() -> DiT:
+    model = DiT(CONFIG)
+    initialise(model, SEED)
+    return model
+
+
+def first_weights() -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in single_device_model().named_parameters()}
+
+
+def plain_loop(steps: int = STEPS) -> Curve:
+    """Nothing of ours but the model and the objective; PyTorch's own unfused AdamW and clipping."""
+    model, loss_of = single_device_model(), objective()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, foreach=False
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        batch = global_batch(step)
+        prepared = loss_of.prepare(batch, Draw(SEED, step, batch.position))
+        loss = loss_of.loss(model(**prepared.inputs), prepared.targets).mean()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Curve(torch.stack(losses), torch.stack(norms), weights)
+
+
+def build(
+    layout: Layout,
+    *,
+    precision: Any = "fp32",
+    checkpoint_activations: int = 0,
+    compile: bool = False,
+    reshard_after_forward: bool = True,
+) -> NativeEngine:
+    with torch.device("meta"):
+        model = DiT(CONFIG)
+    return NativeEngine(
+        model,
+        layout,
+        build_mesh(layout, CPU),
+        device=CPU,
+        seed=SEED,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        reshard_after_forward=reshard_after_forward,
+        optimizer=adamw,
+        clock=Clock(CPU),
+    )
+
+
+def backward(engine: NativeEngine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:
+    """() loss over all ranks; the gradients are left in place."""
+    mine = share(global_batch(step), engine.data_rank, engine.data_size)
+    parts = list(mine.split(microbatch))
+    result = engine.forward_backward(parts, objective(), SEED, step, GLOBAL_BATCH)
+    return engine.sum_over_data(result.loss.sum()) / GLOBAL_BATCH
+
+
+def train(engine: NativeEngine, steps: int = STEPS, microbatch: int = GLOBAL_BATCH) -> Curve:
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append(backward(engine, step, microbatch))
+        norms.append(engine.clip_gradients(MAX_NORM))
+        engine.step(LEARNING_RATE, torch.zeros(()))
+    return Curve(torch.stack(losses), torch.stack(norms), whole(engine.parameters()))
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of whole tensors; a collective where they are cut."""
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in tensors.items()
+    }
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest relative difference."""
+    return float(((ours - theirs).abs() / theirs.abs()).max())
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative L2 distance of all weights together."""
+    assert ours.keys() == theirs.keys()
+    names = sorted(ours)
+    a, b = (torch.cat([w[n].flatten().double() for n in names]) for w in (ours, theirs))
+    return float((a - b).norm() / b.norm())

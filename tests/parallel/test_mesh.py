@@ -1,0 +1,114 @@
+"""Layout arithmetic: an answer uses all the ranks, a refusal names what works."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flows.errors import UserError
+from parallel.mesh import Layout, resolve_layout
+
+STRATEGIES = st.sampled_from([None, "none", "ddp", "fsdp", "hsdp"])
+DEGREES = st.none() | st.integers(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "world_size", "replicate", "shard", "strategy"),
+    [
+        ((None, None, None), 1, 1, 1, "none"),
+        ((None, None, None), 4, 1, 4, "fsdp"),
+        (("none", 1, 1), 1, 1, 1, "none"),
+        (("fsdp", None, None), 1, 1, 1, "fsdp"),
+        (("fsdp", 1, 8), 8, 1, 8, "fsdp"),
+        (("ddp", None, None), 3, 3, 1, "ddp"),
+        (("ddp", 2, 1), 2, 2, 1, "ddp"),
+        (("hsdp", None, None), 12, 2, 6, "hsdp"),
+        (("hsdp", None, 4), 12, 3, 4, "hsdp"),
+        (("hsdp", 6, None), 12, 6, 2, "hsdp"),
+        (("hsdp", 2, 2), 4, 2, 2, "hsdp"),
+    ],
+)
+def test_layouts_that_fit(asked, world_size, replicate, shard, strategy):
+    expected = Layout(strategy, pp=1, replicate=replicate, shard=shard, cp=1, tp=1)
+    assert resolve_layout(*asked, world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "world_size", "sentence"),
+    [
+        (("none", None, None), 2, "parallel.strategy = none needs 1 rank but there are 2"),
+        (
+            ("ddp", None, 2),
+            4,
+            "parallel.shard = 2 does not fit .* = ddp on 4 ranks; .* = 1 or null",
+        ),
+        (
+            ("ddp", 2, None),
+            4,
+            "parallel.replicate = 2 does not fit .*; use .* = 4 or null, or .* hsdp",
+        ),
+        (
+            ("fsdp", 2, None),
+            4,
+            "parallel.replicate = 2 .* = fsdp on 4 ranks; .* = 1 or null, .* hsdp",
+        ),
+        (
+            (None, None, 3),
+            2,
+            "parallel.shard = 3 .* = fsdp on 2 ranks; use parallel.shard = 2 or null",
+        ),
+        (("hsdp", None, None), 3, "hsdp needs a number of ranks that is a product .*, not 3"),
+        (("hsdp", None, None), 1, "hsdp needs .*, not 1"),
+        (("hsdp", 3, None), 8, "parallel.replicate = 3 .* 8 ranks .* may be 2 x 4, 4 x 2"),
+        (("hsdp", 1, 4), 4, "may be 2 x 2"),
+        (("hsdp", 2, 2), 8, "may be 2 x 4, 4 x 2"),
+        (
+            ("zero", None, None),
+            2,
+            "parallel.strategy = zero is not known; use none, ddp, fsdp, hsdp",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_with_the_remedy(asked, world_size, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        resolve_layout(*asked, world_size)
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+@given(STRATEGIES, DEGREES, DEGREES, st.integers(1, 24))
+def test_a_layout_has_all_the_ranks_and_keeps_what_was_asked(
+    strategy, replicate, shard, world_size
+):
+    try:
+        layout = resolve_layout(strategy, replicate, shard, world_size)
+    except UserError:
+        return
+    assert layout.world_size == world_size == layout.data_size
+    assert replicate in (None, layout.replicate)
+    assert shard in (None, layout.shard)
+    assert strategy in (None, layout.strategy)
+    assert (layout.replicate > 1, layout.shard > 1) in {
+        "none": [(False, False)],
+        "ddp": [(world_size > 1, False)],
+        "fsdp": [(False, world_size > 1)],
+        "hsdp": [(True, True)],
+    }[layout.strategy]
+
+
+@given(STRATEGIES, DEGREES, DEGREES, st.integers(1, 24))
+def test_the_remedy_works(strategy, replicate, shard, world_size):
+    """Whatever degree a refusal proposes is accepted in its place."""
+    try:
+        resolve_layout(strategy, replicate, shard, world_size)
+    except UserError as refusal:
+        asked = {"replicate": replicate, "shard": shard}
+        if proposed := re.search(r"; use parallel\.(\w+) = (\d+)", str(refusal)):
+            other = dict.fromkeys(asked)
+            resolve_layout(
+                strategy, **other | {proposed[1]: int(proposed[2])}, world_size=world_size
+            )
+        for copies, parts in re.findall(r"(\d+) x (\d+)", str(refusal)):
+            resolve_layout(strategy, int(copies), int(parts), world_size)
