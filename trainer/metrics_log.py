@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one line of JSON a step, the run's own record of what happened.
 
 Finite floats are written with the shortest text that reads back bit for bit. JSON has no word for
-the others: they are the strings "NaN", "Infinity" and "-Infinity", which `read` (and `float()` in any
-program) turn back. A line counts once its newline is written; a process killed in the middle of a
+the others: they are the strings "NaN", "Infinity" and "-Infinity", which `read` (and any `float()`)
+turn back. A line counts once its newline is written; a process killed in the middle of a
 line leaves a torn tail, which readers pass over and the next writer cuts off.
 """
 
@@ -40,7 +40,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         """Open `path` for appending, after cutting off a torn tail."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_tail(path)
+        cut_torn_tail(path)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _lines(path: Path) -> list[tuple[str, Record]]:
     return found
 
 
-def _cut_torn_tail(path: Path) -> None:
+def cut_torn_tail(path: Path) -> None:
     """Cut the file after its last newline."""
     if not path.exists():
         return
