@@ -27,7 +27,9 @@ class Sampled:
 def time_grid(steps: int, low: float, high: float, shift: float) -> list[float]:
     """steps + 1 times from `low` to `high`, uniform before the shift (< 1: more at the noise)."""
     uniform = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
-    return (low + (high - low) * shift_time(uniform, shift)).tolist()
+    times: list[float] = (low + (high - low) * shift_time(uniform, shift)).tolist()
+    # The end, which rounding may have passed, is exact: beyond it there may be no velocity.
+    return [*times[:-1], high]
 
 
 @torch.no_grad()
