@@ -75,8 +75,8 @@ def test_solvers_converge_at_their_order(path: Path, solver: str, order: int) ->
     high = 0.9 if path is VP else 1.0
     evaluations = order * (80 + 160)
     if solver == "midpoint" and path is LINEAR:
-        # With y' = a y the error of a step begins with (a'' + 6 a a' + 4 a^3) h^3 / 24, which is zero
-        # where a = q' / 2q of a quadratic q: the variance on the linear path is one.
+        # With y' = a y the error of a step begins with (a'' + 6 a a' + 4 a^3) h^3 / 24. It is zero
+        # where a = q' / 2q of a quadratic q, and the variance on the linear path is one.
         order = 3
 
     def field(x: Tensor, t: float) -> Tensor:
