@@ -1,7 +1,7 @@
-"""What a step tells about itself, without making it wait: readings, throughput, losses by time, MFU.
+"""What a step tells about itself without waiting: readings, throughput, loss by time, MFU.
 
-Reading a number that lies on a device stops the host until the device has caught up. `Readout` therefore
-copies the numbers of step s behind the step's own work and hands them out during step s + 1.
+Reading a number that lies on a device stops the host until the device has caught up. `Readout`
+therefore copies the numbers of step s behind the step's own work and hands them out in step s + 1.
 """
 
 import math
@@ -92,7 +92,7 @@ class TimeBuckets:
         self._sums = torch.zeros(2, count, dtype=torch.float64, device=device)
 
     def add(self, time: Tensor, loss: Tensor) -> None:
-        """Sort (batch,) losses into the buckets of their (batch,) times; non-finite ones are left out.
+        """Sort (batch,) losses into the buckets of their (batch,) times, but for non-finite ones.
 
         The sum is a comparison and a product, not a scatter: the same bits on every run.
         """
