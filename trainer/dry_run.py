@@ -46,7 +46,9 @@ def check(recipe: Recipe, world_size: int) -> list[Check]:
         *_layout_checks(made),
         Check("model", f"{parameters:,} trainable parameters"),
         Check("step", f"{3 * forward_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
-        Check("memory a rank", f"{_state_bytes(made, parameters) / GIB:.3f} GiB before activations"),
+        Check(
+            "memory a rank", f"{_state_bytes(made, parameters) / GIB:.3f} GiB before activations"
+        ),
         *_data_checks(made),
         Check("checkpoint", f"{checkpoint_bytes / GIB:.3f} GiB each, {free / GIB:.1f} GiB free"),
         Check("run folder", _run_state(run, changed)),
@@ -64,7 +66,12 @@ def _layout_checks(made: Plan) -> list[Check]:
 def _data_checks(made: Plan) -> list[Check]:
     stream, train = made.stream, made.recipe.train
     epochs = train.steps * train.batch / stream.samples
-    return [Check("shards", f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs")]
+    return [
+        Check(
+            "shards",
+            f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs",
+        )
+    ]
 
 
 def _state_bytes(made: Plan, parameters: int) -> float:

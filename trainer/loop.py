@@ -18,12 +18,12 @@ from parallel.clock import Clock
 from parallel.engines.engine import Engine
 from trainer.checkpoints.store import save
 from trainer.ema import Ema
-from trainer.meters import Meters
 from trainer.recipe import Recipe
 from trainer.reporting import Quiet
 from trainer.run_folder import RunFolder
 from trainer.sampling import sample_over_ranks
 from trainer.schedules import learning_rate
+from trainer.telemetry import Telemetry
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -38,7 +38,7 @@ class Parts:
     objective: Objective
     loader: Loader
     ema: Ema
-    meters: Meters
+    telemetry: Telemetry
     clock: Clock
     report: Quiet
 
@@ -49,12 +49,12 @@ def train(parts: Parts, first: int) -> int:
     When any rank is asked to stop by a signal, all save a checkpoint at the same step and return.
     Raises UserError when too many steps in a row had a non-finite gradient.
     """
-    recipe, meters = parts.recipe, parts.meters
+    recipe, telemetry = parts.recipe, parts.telemetry
     last = recipe.train.steps
     with stop_requested() as stop:
         for done in range(first + 1, last + 1):
             one_step(parts, done - 1, stop.is_set())
-            ending = meters.stop_agreed or done == last
+            ending = telemetry.stop_agreed or done == last
             if ending or done % recipe.checkpoint.every == 0:
                 checkpoint(parts, done)
             if recipe.sample.every and (done == last or done % recipe.sample.every == 0):
@@ -78,21 +78,21 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
     engine.step(rate, skip)
     with clock.phase("average"):
         parts.ema.update(engine.parameters(), skip, step)
-    parts.meters.push(
+    parts.telemetry.push(
         step,
         result,
         norm=norm,
         skip=skip,
-        learning_rate=rate,
         stop=stop,
         host={
+            "lr": rate,
             "data_wait_seconds": loader.wait_seconds,
             "queue_depth": loader.queue_depth,
             "seconds": clock.take(),
         },
         sum_over_data=engine.sum_over_data,
     )
-    for line in parts.meters.ready():
+    for line in parts.telemetry.lines():
         parts.report.step(line)
 
 
@@ -111,7 +111,7 @@ def rate_at(recipe: Recipe, step: int) -> float:
 
 def checkpoint(parts: Parts, done: int) -> None:
     """Commit everything the run needs to go on after `done` steps; its metrics are written first."""
-    for line in parts.meters.ready(behind=0):
+    for line in parts.telemetry.lines(everything=True):
         parts.report.step(line)
     with parts.clock.phase("checkpoint"):
         save(
@@ -121,12 +121,12 @@ def checkpoint(parts: Parts, done: int) -> None:
             state={
                 "step": done,
                 "loader": parts.loader.state_dict(),
-                "meters": parts.meters.state_dict(),
+                "telemetry": parts.telemetry.state_dict(),
             },
             keep=parts.recipe.checkpoint.keep,
         )
     parts.report.checkpoint(done)
-    parts.meters.restart_clock()
+    parts.telemetry.restart_clock()
 
 
 def checkpoint_tensors(parts: Parts) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def show_samples(parts: Parts, done: int) -> None:
     with parts.clock.phase("sample"):
         drawn = sample_over_ranks(parts.engine, parts.ema, parts.recipe)
     parts.report.samples(done, drawn.images, drawn.labels)
-    parts.meters.restart_clock()
+    parts.telemetry.restart_clock()
 
 
 @contextmanager

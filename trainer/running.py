@@ -28,11 +28,11 @@ from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.loop import Parts, checkpoint_tensors, train
-from trainer.meters import Meters
 from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe
 from trainer.reporting import Progress, Quiet, Report, open_tracker
 from trainer.run_folder import RunFolder, check_resume, writing
+from trainer.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         prefetch=data.prefetch,
         device=ranks.device,
     )  # fmt: skip
-    meters = Meters(
+    telemetry = Telemetry(
         batch=recipe.train.batch,
         flops=train_flops(made.model),
         world_size=ranks.world_size,
@@ -126,7 +126,9 @@ def _assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
-    return Parts(recipe, run, engine, build_objective(recipe), loader, ema, meters, clock, report)
+    return Parts(
+        recipe, run, engine, build_objective(recipe), loader, ema, telemetry, clock, report
+    )
 
 
 def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory:
@@ -149,7 +151,7 @@ def _restore(parts: Parts) -> int:
     else:
         state = load(newest, checkpoint_tensors(parts))
         parts.loader.load_state_dict(state["loader"])
-        parts.meters.load_state_dict(state["meters"])
+        parts.telemetry.load_state_dict(state["telemetry"])
         first = int(state["step"])
     parts.report.resume(first)
     return first

@@ -19,7 +19,9 @@ def sample(
     run: RunArgument,
     overrides: SampleOverrides = None,
     count: Annotated[int, typer.Option(min=1, help="Samples to draw, classes in turn.")] = 100,
-    out: Annotated[Path | None, typer.Option(help="The PNG; default RUN/samples/final.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG; default RUN/samples/final.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Draw samples from the averaged weights of the newest whole checkpoint into one picture."""

@@ -1,0 +1,124 @@
+"""One line of numbers a step, read one step late so that the host never waits for the device.
+
+Losses and flags travel in one small sum over the ranks; the host reads step s while the device works on
+step s + 1. Every rank reads the same numbers at the same step, so a decision made of them (stop, give up)
+needs no more talk and cannot deadlock.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flows.errors import UserError
+from parallel.engines.engine import StepResult
+from trainer.meters import Reading, Readout, mfu, peak_bf16_flops
+
+BUCKETS = 10  # equal intervals of flow time in [0, 1]
+
+
+class Telemetry:
+    """What the loop knows of itself.
+
+    stop_agreed: some rank was asked to stop, and every rank has read so at this same step
+    skipped: steps left out since the run began, because their gradient was not finite
+    """
+
+    def __init__(
+        self, *, batch: int, flops: int, world_size: int, max_skipped: int, device: torch.device
+    ) -> None:
+        """flops: of forward and backward of one sample; max_skipped: steps in a row that may be skipped"""
+        self.stop_agreed = False
+        self.skipped = 0
+        self._in_a_row, self._max_skipped = 0, max_skipped
+        self._batch, self._flops, self._world_size = batch, flops, world_size
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._peak = peak_bf16_flops(name)
+        self._readout = Readout()
+        self._host: dict[int, dict[str, Any]] = {}
+        self._read: list[Reading] = []
+        self._last = time.perf_counter()
+
+    def push(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        norm: Tensor,
+        skip: Tensor,
+        stop: bool,
+        host: dict[str, Any],
+        sum_over_data: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Send the numbers of step `step` (from 0) on their way; `host` are those that are here already."""
+        loss = result.loss
+        flags = torch.stack(
+            [loss.sum(), loss.new_full((), len(loss)), loss.new_full((), float(stop))]
+        )
+        sums = sum_over_data(torch.cat([flags, *_by_time(result)]))
+        ready = self._readout.put(step, {"sums": sums, "grad_norm": norm, "skip": skip})
+        if ready is not None:
+            self._read.append(ready)
+        now = time.perf_counter()
+        self._host[step] = host | {"step_seconds": now - self._last}
+        self._last = now
+
+    def lines(self, everything: bool = False) -> Iterator[dict[str, Any]]:
+        """A line of `metrics.jsonl` for each step whose numbers are there, or wait for `everything`.
+
+        Raises UserError, on every rank at the same step, after too many skipped steps in a row.
+        """
+        if everything and (held := self._readout.take()) is not None:
+            self._read.append(held)
+        while self._read:
+            yield self._line(self._read.pop(0))
+
+    def restart_clock(self) -> None:
+        """What happened since the last step (a checkpoint, samples) is not part of the next one."""
+        self._last = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped = int(state["skipped"])
+
+    def _line(self, reading: Reading) -> dict[str, Any]:
+        loss, samples, stop, *by_time = reading.rows["sums"]
+        self.stop_agreed = self.stop_agreed or stop > 0
+        self._count_skips(reading.step, reading.scalars["skip"] > 0)
+        host = self._host.pop(reading.step)
+        rate = self._batch / host["step_seconds"]
+        sums, counts = by_time[:BUCKETS], by_time[BUCKETS:]
+        return {
+            "step": reading.step + 1,
+            "loss": loss / samples,
+            "grad_norm": reading.scalars["grad_norm"],
+            "samples_per_second": rate,
+            **host,
+            "mfu": mfu(self._flops, rate, self._peak, self._world_size),
+            "skipped": self.skipped,
+            "loss_by_time": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
+        }
+
+    def _count_skips(self, step: int, skipped: bool) -> None:
+        self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if self._in_a_row > self._max_skipped:
+            raise UserError(
+                f"step {step + 1}: the gradient was not finite {self._in_a_row} steps in a row; lower "
+                "optimizer.lr, set optimizer.clip, or use train.precision=fp32, and go on from the "
+                "last checkpoint."
+            )
+
+
+def _by_time(result: StepResult) -> tuple[Tensor, Tensor]:
+    """(BUCKETS,) sum of losses and number of samples in each interval of time."""
+    if result.time is None:
+        return result.loss.new_zeros(BUCKETS), result.loss.new_zeros(BUCKETS)
+    bucket = (result.time * BUCKETS).long().clamp(0, BUCKETS - 1)
+    # A product with the one-hot matrix, not a scatter: the same bits on every run.
+    member = torch.nn.functional.one_hot(bucket, BUCKETS).to(result.loss.dtype)
+    return result.loss @ member, member.sum(0)
