@@ -52,9 +52,10 @@ def test_inputs_and_targets_are_those_of_the_path(path, prediction):
     assert loss.shape == (50,)
     assert loss.dtype == torch.float32
     assert loss.count_nonzero() == 0
-    off = chosen.loss((expected + 2).to(torch.bfloat16), ready.targets)
-    assert off.dtype == torch.float32
-    assert torch.allclose(off, torch.full((50,), 4.0), rtol=0.1)
+    for dtype in (torch.bfloat16, torch.float64):
+        off = chosen.loss((expected + 2).to(dtype), ready.targets)
+        assert off.dtype == torch.float32
+        assert torch.allclose(off, torch.full((50,), 4.0), rtol=0.1)
 
 
 @EVERY_PATH

@@ -54,6 +54,15 @@ def test_derivatives_match_autograd(path):
 
 
 @EVERY_PATH
+def test_coefficients_are_rounded_once(path):
+    """float32 coefficients are the float64 ones, rounded: no matter where in a batch."""
+    t = torch.linspace(0, 0.9999, 997)
+    single, double = path.coefficients(t), path.coefficients(t.double())
+    for name in ("alpha", "sigma", "alpha_dot", "sigma_dot"):
+        assert torch.equal(getattr(single, name), getattr(double, name).float()), name
+
+
+@EVERY_PATH
 def test_delta_is_positive_inside(path):
     t = torch.linspace(0, 1, 10_001)[1:-1]
     for dtype in (torch.float32, torch.float64):

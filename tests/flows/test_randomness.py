@@ -112,6 +112,41 @@ def test_radius_reaches_over_six_and_never_breaks():
     assert 6 < pair.abs().max() < 6.7
 
 
+def test_normals_are_the_exact_evaluation_of_their_formula():
+    """Bit for bit the same formula in numpy float32, whose + - * / round as IEEE 754 asks.
+
+    Any operation that a device rounds in its own way would show here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words = tuple(torch.randint(0, 2**32, (5, 20_011), generator=generator) for _ in range(4))
+    first, angle = (
+        np.stack([w.numpy() for w in words[i::2]], -1).astype(np.uint32) for i in (0, 1)
+    )
+    f = np.float32
+    u = ((first >> 1).astype(f) + f(0.5)) * f(2.0**-31)
+    bits = u.view(np.int32) - np.int32(0x3F3504F3)
+    exponent = (bits >> 23).astype(f)
+    mantissa = ((bits & 0x7FFFFF) + np.int32(0x3F3504F3)).view(f)
+    s = (mantissa - f(1)) / (mantissa + f(1))
+    z = s * s
+    series = (((z * f(2 / 9) + f(2 / 7)) * z + f(2 / 5)) * z + f(2 / 3)) * z * s
+    log_u = ((series + exponent * f(-2.12194440e-4)) + s * f(2)) + exponent * f(0.693359375)
+    squared = np.maximum(log_u * f(-2), f(2.0**-24))
+    length = ((squared.view(np.int32) >> 1) + np.int32(0x1FBD1DF5)).view(f)
+    for _ in range(3):
+        length = (length + squared / length) * f(0.5)
+    x = ((angle << 2).view(np.int32).astype(f) + f(2)) * f(math.pi / 2**33)
+    z = x * x
+    sine = ((z * f(-1.9515295891e-4) + f(8.3321608736e-3)) * z + f(-1.6666654611e-1)) * z * x + x
+    cosine = (z * f(2.443315711809948e-5) + f(-1.388731625493765e-3)) * z + f(4.166664568298827e-2)
+    cosine = ((cosine * z) * z + z * f(-0.5)) + f(1)
+    cosine = np.where(angle >> 31, -cosine * length, cosine * length)
+    sine = sine * length
+    swap = (angle >> 30) & 1
+    pair = np.stack([np.where(swap, sine, cosine), np.where(swap, cosine, sine)], -1)
+    assert np.array_equal(normals(words).numpy(), pair.reshape(5, -1))
+
+
 def test_angles_cover_the_circle():
     """Box-Muller with the signs and the swap from bits: all eight octants, equally."""
     pair = draw(samples=range(1000)).normal("angle", (200,)).view(-1, 2).double()
