@@ -71,10 +71,13 @@ def pack(
 def _write_shard(path: Path, source: Source, numbers: Sequence[int]) -> Packed:
     """One shard, whole or not at all."""
     temporary = path.with_suffix(".tar.tmp")
-    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-        for number in numbers:
-            _add(archive, source[number])
-    temporary.replace(path)
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for number in numbers:
+                _add(archive, source[number])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return Packed(path, len(numbers), path.stat().st_size)
 
 

@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flows.errors import UserError
@@ -28,10 +28,15 @@ DAMAGE = (
 def open_image(encoded: bytes, name: str) -> Image.Image:
     """The image with its header read and its pixels not yet.
 
-    Raises UserError if it is no PNG, JPEG or WebP, or has transparency, a palette, 16 bits or CMYK.
+    Raises UserError for another format, a damaged header, transparency, a palette, 16 bits, CMYK.
     """
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{name}: its image ({len(encoded)} bytes) is not a PNG, JPEG or WebP with a whole "
+            "header; replace or remove it"
+        ) from error
     except DAMAGE as error:
         raise damaged(name, len(encoded), error) from error
     if image.mode not in MODES:

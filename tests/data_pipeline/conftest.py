@@ -19,9 +19,10 @@ def _own_index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
-def image_file(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
+def image_file(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -1,0 +1,109 @@
+"""`flowmill data`: tables for people, JSON for programs, every problem of the data by name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from data_pipeline.index import SUFFIX
+from flows.errors import UserError
+from launch.commands.data import app
+from tests.data_pipeline.conftest import grey, sample, write_tar
+
+
+def run(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(words))
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_pack_index_verify(tmp_path):
+    folder = str(tmp_path / "out")
+    words = ("--per-shard", "800", "--heldout", "97", "--shuffle", "1")
+    written = json.loads(run("pack", "sklearn:digits", folder, *words, "--json"))
+    assert [shard["samples"] for shard in written] == [800, 800, 100, 97]
+    assert all(Path(shard["path"]).stat().st_size == shard["bytes"] for shard in written)
+    places = json.loads(run("index", f"{folder}/*.tar", "--json"))
+    assert all(place == url + SUFFIX and Path(place).is_file() for url, place in places.items())
+    picture = tmp_path / "grid.png"
+    report = json.loads(
+        run("verify", f"{folder}/*.tar", "--classes", "10", "--json", "--picture", str(picture))
+    )
+    assert (report["shards"], report["samples"], report["problems"]) == (4, 1797, [])
+    assert report["sizes"] == {"L 8x8": 1797}
+    assert sum(report["labels"].values()) == 1797
+    assert sorted(report["labels"]) == [str(n) for n in range(10)]
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.std() > 30
+    for command in (("index", f"{folder}/*.tar"), ("verify", f"{folder}/*.tar")):
+        assert "{" not in run(*command)
+
+
+def test_verify_finds_every_problem_and_goes_on(tmp_path):
+    write_tar(tmp_path / "a.tar", [*sample("0000", 1, 3), *sample("0001", 1, "cat")])
+    corrupt = [("0002.png", grey(1)[:50]), ("0002.cls", b"0")]
+    write_tar(tmp_path / "b.tar", [*sample("0000", 1, 12), *corrupt, *sample("0003", 1)])
+    whole = Path(write_tar(tmp_path / "c.tar", sample("0004", 1))).read_bytes()
+    (tmp_path / "c.tar").write_bytes(whole[:1000])
+    write_tar(tmp_path / "d.tar", sample("0005", 1, 3))
+    report = json.loads(run("verify", f"{tmp_path}/*.tar", "--classes", "10", "--json", code=1))
+    expected = [
+        ("a.tar", "sample 0001: label b'cat' is not an integer"),
+        ("b.tar", "sample 0000 is also in"),
+        ("b.tar", "sample 0000: label 12 must lie in 0 .. 9"),
+        ("b.tar", "sample 0002: its image"),
+        ("c.tar", "not a whole uncompressed tar"),
+    ]
+    assert len(report["problems"]) == len(expected)
+    for problem, (shard, words) in zip(report["problems"], expected, strict=True):
+        assert shard in problem
+        assert words in problem
+    assert report["samples"] == 6
+    assert report["labels"] == {"3": 2, "0": 2}
+
+
+def test_bad_input_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no shard"):
+        run("verify", f"{tmp_path}/*.tar")
+    with pytest.raises(UserError, match=r"x\.csv: cannot be packed"):
+        run("pack", "x.csv", str(tmp_path))
+
+
+def test_asking_for_help_loads_nothing_heavy():
+    """Half a second of imports before a usage line is half a second too much."""
+    code = (
+        "import sys, launch.commands.data;"
+        "print([m for m in ('torch', 'sklearn', 'nvidia.dali', 'numpy') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_loader_left_open_does_not_hold_the_interpreter():
+    code = """
+import torch
+from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.loader import Loader
+from data_pipeline.stream import open_stream
+stream = open_stream("embedded:digits8/train-*.tar", classes=10, seed=0, lanes=4, window=8)
+decoder = open_decoder("auto", image_size=8, channels=1, threads=2, device=torch.device("cpu"))
+loader = Loader(stream, decoder, seed=0, batch=32, rank=0, ranks=1, flip=0.5, prefetch=2,
+                device=torch.device("cpu"))
+print(len(next(loader)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "32"), done.stderr
