@@ -165,6 +165,8 @@ def test_times_stay_where_everything_is_finite(path, prediction):
     chosen = objective(path, prediction, "velocity", kind="logit_normal", std=4.0)
     ready = prepare(chosen, samples)
     support = chosen.path.support(prediction, sampling=False)
+    drawn = chosen.time(Draw(11, 3, samples.position).uniform("time"))
+    assert torch.equal(ready.time, support.rescale(drawn))
     assert ready.time.min() >= support.low
     assert ready.time.max() <= support.high
     assert chosen.loss(torch.zeros_like(samples.image), ready.targets).isfinite().all()
