@@ -30,7 +30,9 @@ def world_size_from_launcher() -> int:
     """WORLD_SIZE as the launcher set it. Raises UserError if it is no number."""
     text = os.environ["WORLD_SIZE"]
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE = {text!r} is not a number of ranks; start with torchrun or --ranks.")
+        raise UserError(
+            f"WORLD_SIZE = {text!r} is not a number of ranks; start with torchrun or --ranks."
+        )
     return int(text)
 
 
@@ -95,7 +97,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> int:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    codes = [process.returncode for process in processes]
+    codes = [process.wait() for process in processes]
     if not any(codes):
         return 0
     rank = failed if failed is not None else next(r for r, code in enumerate(codes) if code)

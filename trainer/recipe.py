@@ -50,6 +50,7 @@ class DataSection(Section):
     image_size: Positive
     channels: Literal[1, 3] = 3
     classes: Positive
+    class_names: list[str] | None = Field(None, description="for pictures and tables")
     flip: Fraction = Field(0.0, description="probability of a horizontal flip")
     lanes: Positive = Field(
         64, description="independent readers of the global order; fixes the order"
@@ -58,6 +59,11 @@ class DataSection(Section):
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     prefetch: Positive = Field(2, description="batches decoded ahead of the step")
     threads: Positive = Field(2, description="decoding threads a rank")
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each class, its number where the recipe gives none."""
+        return self.class_names or [str(label) for label in range(self.classes)]
 
 
 class ModelSection(Section):
@@ -182,6 +188,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         """Rules between keys that need neither a machine nor the data."""
+        names, classes = self.data.class_names, self.data.classes
+        if names is not None and len(names) != classes:
+            raise ValueError(
+                f"data.class_names lists {len(names)} names for data.classes = {classes} classes; "
+                "give one for each"
+            )
         low, high = self.sample.guidance_low, self.sample.guidance_high
         if low >= high:
             raise ValueError(
@@ -323,7 +335,7 @@ def _sentence(error: Any) -> str:
     """One pydantic error as a sentence that names the key and the remedy."""
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
-    kind, message = error["type"], error["msg"]
+    kind, message = error["type"], str(error["msg"])
     if kind == "extra_forbidden":
         valid = _keys_at(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)

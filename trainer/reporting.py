@@ -15,6 +15,8 @@ from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.tracking import Silent
 
+GRID_COLUMNS = 10  # samples of a class in a grid
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,10 +47,11 @@ class Quiet:
 class Report(Quiet):
     """The report of rank 0: one line a step, a picture now and then."""
 
-    def __init__(self, run: RunFolder, tracker: Silent, progress: Progress, classes: int) -> None:
+    def __init__(self, run: RunFolder, tracker: Silent, progress: Progress, recipe: Recipe) -> None:
         self._run, self._tracker, self._progress = run, tracker, progress
         self._log = MetricsLog(run.metrics)
-        self._classes = classes
+        self._recipe = recipe
+        self._resumed = False
         self.finished = False
 
     def note(self, text: str) -> None:
@@ -59,11 +62,15 @@ class Report(Quiet):
         self._log.close()
         metrics_log.truncate_after(self._run.metrics, step)
         self._log = MetricsLog(self._run.metrics)
+        self._resumed = step > 0
 
     def close(self) -> None:
         self._log.close()
 
     def step(self, line: Mapping[str, Any]) -> None:
+        if self._resumed:
+            line = {**line, "resumed": True}
+            self._resumed = False
         self._log.append(line)
         self._tracker.metrics(int(line["step"]), line)
         self._progress.step(line)
@@ -73,7 +80,8 @@ class Report(Quiet):
         folder = f"step-{step:08d}"
         manifest = self._run.checkpoints / folder / "manifest.json"
         self._tracker.artifact(manifest, f"checkpoints/{folder}")
-        pictures.loss_curve(metrics_log.read(self._run.metrics), self._run.loss_curve)
+        lines = metrics_log.read(self._run.metrics)
+        pictures.loss_curve(lines, self._run.loss_curve, self._recipe.name, log=False)
         self._tracker.artifact(self._run.loss_curve)
         self.note(f"checkpoint at step {step}")
 
@@ -84,18 +92,19 @@ class Report(Quiet):
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None:
         """A grid of this step, kept as numbers too, so that the grid over training can grow."""
-        bytes_ = to_bytes(images).numpy()
+        pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         path = self._run.samples / f"step-{step:08d}"
-        np.savez_compressed(path.with_suffix(".npz"), images=bytes_, labels=labels.numpy())
-        pictures.class_grid(images, labels, self._classes, path.with_suffix(".png"))
+        np.savez_compressed(path.with_suffix(".npz"), images=pixels.numpy(), labels=labels.numpy())
+        picture = path.with_suffix(".png")
+        pictures.class_grid(images, labels, self._recipe.data.names, picture, GRID_COLUMNS)
         rows = [
             (int(file.stem.removeprefix("step-")), _read_images(file))
             for file in sorted(self._run.samples.glob("step-*.npz"))
         ]
         over_time = self._run.samples / "training.png"
-        pictures.training_grids(rows, over_time)
-        for picture in (path.with_suffix(".png"), over_time):
-            self._tracker.artifact(picture, "samples")
+        pictures.training_grids(rows, over_time, 2 * GRID_COLUMNS)
+        for each in (picture, over_time):
+            self._tracker.artifact(each, "samples")
 
 
 def open_tracker(run: RunFolder, recipe: Recipe, warn: Callable[[str], None]) -> Silent:
@@ -112,11 +121,6 @@ def add_artifact(run: RunFolder, recipe: Recipe, path: Path, folder: str) -> Non
     tracker = open_tracker(run, recipe, logger.warning)
     tracker.artifact(path, folder)
     tracker.close("FINISHED")
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] float images as uint8, rounded."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _read_images(path: Path) -> Tensor:

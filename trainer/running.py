@@ -167,7 +167,7 @@ def _reporting(
         tracker = open_tracker(run, recipe, progress.note)
         tracker.recipe(recipe.model_dump(mode="json"))
         tracker.environment(ranks.world_size, ranks.device)
-        report = Report(run, tracker, progress, recipe.data.classes)
+        report = Report(run, tracker, progress, recipe)
         stack.callback(report.close)
         try:
             yield report

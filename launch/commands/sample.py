@@ -26,7 +26,7 @@ def sample(
 ) -> None:
     """Draw samples from the averaged weights of the newest whole checkpoint into one picture."""
     from trainer import pictures
-    from trainer.reporting import add_artifact
+    from trainer.reporting import GRID_COLUMNS, add_artifact
     from trainer.run_folder import open_run
     from trainer.sampling import sample_checkpoint, with_overrides
 
@@ -38,7 +38,7 @@ def sample(
     if not path.resolve().parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}; make it first.")
     drawn = sample_checkpoint(folder, recipe, count)
-    pictures.class_grid(drawn.images, drawn.labels, recipe.data.classes, path)
+    pictures.class_grid(drawn.images, drawn.labels, recipe.data.names, path, GRID_COLUMNS)
     add_artifact(folder, recipe, path, "samples")
     result = {"picture": str(path), "samples": count, "network_calls": drawn.network_calls}
     if as_json:
