@@ -24,7 +24,7 @@ from flows.errors import UserError
 POLL_SECONDS = 0.05
 
 
-class Source:
+class Share:
     """This rank's share of any global batch: no state but the open files."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Source:
 class Ahead:
     """A thread that loads batches from a position on: `prefetch` in the queue and one in hand."""
 
-    def __init__(self, source: Source, *, start: int, prefetch: int) -> None:
-        self._source = source
+    def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
+        self._share = share
         self._start = start
         self._stopped = threading.Event()
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
@@ -92,21 +92,21 @@ class Ahead:
         self._thread.join()
 
     def _run(self) -> None:
-        if self._source.device.type == "cuda":
+        if self._share.device.type == "cuda":
             # A new thread begins on device 0, whichever device this rank has.
-            torch.cuda.set_device(self._source.device)
+            torch.cuda.set_device(self._share.device)
         start = self._start
         while not self._stopped.is_set():
             item: Batch | BaseException
             try:
-                item = self._source.load(start)
+                item = self._share.load(start)
             # Whatever it was belongs to the thread that waits for this batch.
             except BaseException as error:  # noqa: BLE001
                 item = error
             self._put(item)
             if isinstance(item, BaseException):
                 return
-            start += self._source.batch
+            start += self._share.batch
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._stopped.is_set():
@@ -144,7 +144,7 @@ class Loader:
         device: torch.device,
     ) -> None:
         self.stream = stream
-        self.source = Source(
+        self.share = Share(
             stream,
             decoder,
             seed=seed,
@@ -167,7 +167,7 @@ class Loader:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         if self._ahead is None:
-            self._ahead = Ahead(self.source, start=self.position, prefetch=self.prefetch)
+            self._ahead = Ahead(self.share, start=self.position, prefetch=self.prefetch)
             # Also when the loader is forgotten, and before the interpreter goes down.
             self._stop = weakref.finalize(self, self._ahead.stop)
         self.queue_depth = self._ahead.depth
@@ -176,7 +176,7 @@ class Loader:
         except BaseException:
             self._stop_ahead()
             raise
-        self.position += self.source.batch
+        self.position += self.share.batch
         self.wait_seconds = time.perf_counter() - began
         return batch
 
@@ -202,7 +202,7 @@ class Loader:
     def close(self) -> None:
         """Stop the thread, then close decoder and files."""
         self._stop_ahead()
-        self.source.decoder.close()
+        self.share.decoder.close()
         self.stream.close()
 
     def __enter__(self) -> "Loader":

@@ -146,8 +146,8 @@ def test_flipped_images_do_not_depend_on_the_ranks():
 def test_prefetching_is_ahead_bounded_and_measured(shards):
     batches = loader(shards([50]), prefetch=3)
     loaded = []
-    real = batches.source.load
-    batches.source.load = lambda start: (loaded.append(start), real(start))[1]
+    real = batches.share.load
+    batches.share.load = lambda start: (loaded.append(start), real(start))[1]
     next(batches)
     assert batches.wait_seconds > 0
     deadline = time.monotonic() + 10
