@@ -24,8 +24,8 @@ def brute_energy(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_energy_distance_is_its_definition(chunk: int) -> None:
-    x, y = gaussian(13, 2, 3) + 100.0, 2.0 * gaussian(9, 2, 3, seed=1) + 100.5
-    # A product leaves 1e-8 of a sample's norm as its distance to itself.
+    x, y = gaussian(13, 2, 3) + 3000.0, 2.0 * gaussian(9, 2, 3, seed=1) + 3000.5
+    # A product leaves 1e-8 of the spread of the samples as their distance to themselves.
     assert energy_distance(x, y, chunk=chunk) == pytest.approx(brute_energy(x, y), rel=1e-7)
 
 
