@@ -101,6 +101,8 @@ def fill_(
     name: the parameter's canonical name: it keys the numbers
     Raises ValueError if the piece leaves the whole.
     """
+    if tensor.numel() == 0:
+        return
     ends = [start + size for start, size in zip(offset, tensor.shape, strict=True)]
     if any(s < 0 or e > n for s, e, n in zip(offset, ends, global_shape, strict=True)):
         raise ValueError(
@@ -135,8 +137,6 @@ def _runs(
 ) -> tuple[Tensor, int]:
     """(runs,) int64 where the runs of a piece start in the flattened whole, and their length."""
     starts = torch.zeros(1, dtype=torch.int64, device=device)
-    if math.prod(shape) == 0:
-        return starts, 0
     # Trailing dimensions that are whole, and the first that is not, make one run.
     depth = len(shape)
     while depth > 0 and shape[depth - 1] == global_shape[depth - 1]:
@@ -155,7 +155,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 def _chunks(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Rectangles of at most `size` elements that cover a matrix."""
     width = min(columns, size)
-    height = max(1, size // max(1, width))
+    height = size // width
     for top in range(0, rows, height):
-        for left in range(0, columns, width or 1):
+        for left in range(0, columns, width):
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
