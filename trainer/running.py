@@ -72,7 +72,7 @@ def _train_rank(
     made: Plan, run: RunFolder, ranks: Ranks, report: Quiet, changed: list[str], stack: ExitStack
 ) -> Outcome:
     recipe = made.recipe
-    parts = _assemble(made, run, ranks, report)
+    parts = assemble(made, run, ranks, report)
     stack.callback(parts.loader.close)
     first = _restore(parts)
     if first:
@@ -84,8 +84,8 @@ def _train_rank(
     return Outcome(done, recipe.train.steps)
 
 
-def _assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
-    """Everything this rank trains with, at the first step."""
+def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
+    """Everything this rank trains with, standing at the first step."""
     recipe, layout = made.recipe, made.layout
     clock = Clock(ranks.device)
     with torch.device("meta"):

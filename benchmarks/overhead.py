@@ -1,0 +1,158 @@
+"""What the trainer costs over a hand-written loop that does the same arithmetic on the same tensors.
+
+Both sides train one rank, step by step in turn, from the same weights on the same batches: noise by sample
+key, forward, loss, backward, clipping, fused AdamW, an average of the weights. The right-hand side is
+what a person would type; the left-hand side is the trainer's own `one_step` with meters and reports.
+That they end with the same weights is checked, so neither can leave work out.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Loader
+from flows.batch import Batch
+from flows.initialise import initialise
+from flows.models.dit import DiT
+from flows.randomness import Draw
+from parallel.processes import start, stop
+from trainer.assembly import build_objective, plan
+from trainer.ema import decay_at
+from trainer.loop import Parts, one_step, rate_at
+from trainer.optimizers import decays
+from trainer.recipe import Recipe
+from trainer.reporting import Quiet, Report
+from trainer.run_folder import RunFolder
+from trainer.running import assemble
+from trainer.tracking import Silent
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Median seconds a step of either side, the median of the paired ratios, and how far weights differ."""
+
+    pairs: int
+    trainer_seconds: float
+    loop_seconds: float
+    ratio: float
+    weight_difference: float
+
+
+class Replay(Loader):
+    """A loader that is always ready: the same decoded batches over and over."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = itertools.cycle(batches)
+        self.wait_seconds, self.queue_depth = 0.0, len(batches)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+class Nobody:
+    """A person who is not watching."""
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, line: object) -> None: ...
+
+
+def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
+    """Alternate `pairs` steps of either side after `warm_up` of each; the order within a pair alternates."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _trainer(recipe, Path(folder)) as (parts, batches),
+    ):
+        weights, by_hand = hand_written_loop(recipe, batches, parts.engine.device)
+        sides = (lambda step: one_step(parts, step, stop=False), by_hand)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for step in range(warm_up + pairs):
+            for side in (0, 1) if step % 2 else (1, 0):
+                elapsed = _timed(sides[side], step, parts.engine.device)
+                if step >= warm_up:
+                    seconds[side].append(elapsed)
+        difference = _difference(parts.engine.parameters(), weights)
+    ratios = [trainer / loop for trainer, loop in zip(*seconds, strict=True)]
+    return Overhead(
+        pairs,
+        statistics.median(seconds[0]),
+        statistics.median(seconds[1]),
+        statistics.median(ratios),
+        difference,
+    )
+
+
+def hand_written_loop(
+    recipe: Recipe, batches: list[Batch], device: torch.device
+) -> tuple[dict[str, Tensor], Callable[[int], None]]:
+    """Plain PyTorch: the weights, and a function that trains them one step."""
+    model = DiT(plan(recipe, 1).model).to(device)
+    initialise(model, recipe.seed)
+    named = dict(model.named_parameters())
+    section = recipe.optimizer
+    groups = [
+        {
+            "params": [p for n, p in named.items() if decays(n, p)],
+            "weight_decay": section.weight_decay,
+        },
+        {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, fused=True)
+    average = [parameter.detach().clone() for parameter in named.values()]
+    objective = build_objective(recipe)
+    endless = itertools.cycle(batches)
+
+    def step(index: int) -> None:
+        batch = next(endless).to(device)
+        ready = objective.prepare(batch, Draw(recipe.seed, index, batch.position))
+        loss = objective.loss(model(**ready.inputs), ready.targets).mean()
+        loss.backward()
+        if section.clip is not None:
+            torch.nn.utils.clip_grad_norm_(named.values(), section.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(recipe, index)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            weight = 1 - decay_at(recipe.train.ema[0], index)
+            torch._foreach_lerp_(average, list(named.values()), weight)
+
+    return {name: parameter.detach() for name, parameter in named.items()}, step
+
+
+@contextmanager
+def _trainer(recipe: Recipe, folder: Path) -> Iterator[tuple[Parts, list[Batch]]]:
+    """The trainer's parts on one rank, fed from memory, reporting into a folder as in a real run."""
+    made = plan(recipe, 1)
+    ranks = start("auto", recipe.parallel.timeout_seconds)
+    try:
+        run = RunFolder(folder)
+        report: Quiet = Report(run, Silent(), Nobody(), recipe)
+        parts = assemble(made, run, ranks, report)
+        batches = [next(parts.loader) for _ in range(16)]
+        parts.loader.close()
+        yield replace(parts, loader=Replay(batches)), batches
+    finally:
+        stop()
+
+
+def _timed(side: Callable[[int], None], step: int, device: torch.device) -> float:
+    begin = time.perf_counter()
+    side(step)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Relative L2 norm of the difference of two sets of weights."""
+    ours, theirs = (torch.cat([w[n].detach().flatten() for n in first]) for w in (first, second))
+    return float((ours - theirs).norm() / theirs.norm())
