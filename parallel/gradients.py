@@ -12,28 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement
 
 EPSILON = 1e-6
 
-Cut = tuple[ProcessGroup, ...]
+Groups = tuple[ProcessGroup, ...]
 
 
+@torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """() float32 L2 norm of all gradients, the same on every rank (also when it is not finite)."""
-    groups: dict[Cut, list[Tensor]] = {}
-    device = torch.device("cpu")
-    for parameter in parameters:
-        device = parameter.device
-        gradient = parameter.grad
-        if gradient is not None:
-            groups.setdefault(_cut(gradient), []).append(_local(gradient))
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for cut, gradients in groups.items():
-        total += _squares(gradients, cut)
-    return total.sqrt()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    squares = [_squares(pieces, groups) for groups, pieces in _by_cut(gradients).items()]
+    return torch.stack(squares).sum().sqrt()
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)) in place; None leaves them.
 
@@ -41,33 +38,46 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """
     listed = list(parameters)
     norm = gradient_norm(listed)
-    gradients = [_local(p.grad) for p in listed if p.grad is not None]
-    if max_norm is not None and gradients:
-        torch._foreach_mul_(gradients, (max_norm / (norm + EPSILON)).clamp(max=1.0))
+    pieces = [_local(p.grad) for p in listed if p.grad is not None]
+    if max_norm is not None and pieces:
+        torch._foreach_mul_(pieces, (max_norm / (norm + EPSILON)).clamp(max=1.0))
     return norm
 
 
-def _squares(gradients: list[Tensor], cut: Cut) -> Tensor:
-    """Sum of squares over the local parts, then over the ranks that hold the other parts."""
-    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+def _squares(pieces: list[Tensor], groups: Groups) -> Tensor:
+    """Sum of squares over the pieces held here, then over the ranks that hold the others."""
+    norms = torch._foreach_norm(pieces, 2.0, dtype=torch.float32)
     total = torch.stack(list(norms)).square().sum()
-    for group in cut:
+    for group in groups:
         dist.all_reduce(total, group=group)
     return total
 
 
-def _cut(gradient: Tensor) -> Cut:
-    """The process groups along which the gradient lies in different parts."""
-    if not isinstance(gradient, DTensor):
-        return ()
-    mesh = gradient.device_mesh
-    cut = []
-    for axis, placement in enumerate(gradient.placements):
-        if isinstance(placement, Partial):
-            raise ValueError("a gradient is not summed over its mesh yet, so it has no norm")
-        if placement.is_shard() and mesh.size(axis) > 1:
-            cut.append(mesh.get_group(axis))
-    return tuple(cut)
+def _by_cut(gradients: list[Tensor]) -> dict[Groups, list[Tensor]]:
+    """Local pieces by the process groups along which they differ, in one order on all ranks."""
+    whole: list[Tensor] = []
+    placed: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            place = (gradient.device_mesh, gradient.placements)
+            placed.setdefault(place, []).append(gradient.to_local())
+        else:
+            whole.append(gradient)
+    cut: dict[Groups, list[Tensor]] = {(): whole} if whole else {}
+    for (mesh, placements), pieces in placed.items():
+        cut.setdefault(_groups(mesh, placements), []).extend(pieces)
+    return cut
+
+
+def _groups(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Groups:
+    """The process groups along which a tensor lies in different pieces."""
+    if any(isinstance(placement, Partial) for placement in placements):
+        raise ValueError("a gradient is not summed over its mesh yet, so it has no norm")
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(placements)
+        if placement.is_shard() and mesh.size(axis) > 1
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

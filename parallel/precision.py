@@ -1,8 +1,9 @@
 """Mixed precision: matrix products in bfloat16; weights, gradients, optimizer and loss in float32.
 
 One mechanism decides the dtype of every operation, autocast, and it is the same in every layout.
-FSDP only moves the cast of the weights before the gather, which halves its bytes; it leaves the
-inputs alone, because flow times rounded to bfloat16 (8 bits) would be other times.
+FSDP only moves the cast of the weights before the gather, which halves its bytes (and rounds tables
+too); it leaves the inputs alone, because flow times rounded to bfloat16 (8 bits) would be other
+times.
 """
 
 from contextlib import AbstractContextManager

@@ -104,13 +104,16 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> Store:
             f"`flowmill train --ranks {world_size}` or torchrun, or set it and MASTER_PORT."
         )
     launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        address,
-        _integer("MASTER_PORT", None),
-        world_size,
-        is_master=rank == 0 and not launcher_hosts,
-        timeout=timeout,
-    )
+    port = _integer("MASTER_PORT", None)
+    is_host = rank == 0 and not launcher_hosts
+    try:
+        store = TCPStore(address, port, world_size, is_master=is_host, timeout=timeout)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Rank {rank} of {world_size} did not meet the others at {address}:{port} ({reason}); "
+            "check that all ranks were started, and MASTER_ADDR and MASTER_PORT."
+        ) from error
     return PrefixStore(f"attempt{_integer('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

@@ -56,7 +56,8 @@ class NativeEngine:
         self.device = device
         self.data_rank = data_rank(mesh)
         self.data_size = layout.data_size
-        self._mesh, self._clock, self._precision, self._compiled = mesh, clock, precision, compile
+        self._clock, self._precision, self._compiled = clock, precision, compile
+        self._data_groups = [mesh.get_group(axis) for axis in DATA_AXES if mesh[axis].size() > 1]
         self._model = parallelize(
             model,
             mesh,
@@ -122,9 +123,8 @@ class NativeEngine:
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         total = values.detach().clone()
-        for axis in DATA_AXES:
-            if self._mesh[axis].size() > 1:
-                dist.all_reduce(total, group=self._mesh.get_group(axis))
+        for group in self._data_groups:
+            dist.all_reduce(total, group=group)
         return total
 
     @torch.no_grad()

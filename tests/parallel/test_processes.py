@@ -37,6 +37,10 @@ def test_a_process_that_was_told_nothing_is_alone_and_has_a_group(environment):
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set; start the ranks by"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is not a whole number"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is None"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "Rank 1 of 2 did not meet the others at 127.0.0.1:1 .*; check",
+        ),
         ({"RANK": "-1"}, "RANK is '-1'"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 but WORLD_SIZE is 2"),
     ],
@@ -45,7 +49,7 @@ def test_an_incomplete_place_is_refused(environment, values, sentence):
     for name, value in values.items():
         environment.setenv(name, value)
     with pytest.raises(UserError, match=sentence):
-        processes.start("cpu", 5)
+        processes.start("cpu", 1)
     assert not dist.is_initialized()
 
 
