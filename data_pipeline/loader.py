@@ -54,6 +54,9 @@ class Share:
 
     def load(self, start: int) -> Batch:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
+        if self.device.type == "cuda":
+            # A new thread begins on device 0, whichever device this rank has.
+            torch.cuda.set_device(self.device)
         positions = torch.arange(start + self.first, start + self.end)
         encoded = self.stream.read(positions)
         flip = draw_flips(positions, seed=self.seed, probability=self.flip)
@@ -92,9 +95,6 @@ class Ahead:
         self._thread.join()
 
     def _run(self) -> None:
-        if self._share.device.type == "cuda":
-            # A new thread begins on device 0, whichever device this rank has.
-            torch.cuda.set_device(self._share.device)
         start = self._start
         while not self._stopped.is_set():
             item: Batch | BaseException
