@@ -29,13 +29,12 @@ def shard_model(
     # It warns of in-place operations on outputs that are views; outputs are only read here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     axes: Any = ("replicate", "shard") if layout.strategy == "hsdp" else "shard"
-    for module in (*blocks, model):
+    for block in blocks:
         fully_shard(
-            module,
-            mesh=mesh[axes],
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
+            block, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
+    # The backward begins with the rest, so dropping it after the forward would be for nothing.
+    fully_shard(model, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=False)
 
 
 def replicate_model(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:

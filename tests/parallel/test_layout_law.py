@@ -69,7 +69,7 @@ def on_two_ranks(ranks: Ranks) -> dict[str, Any]:
         "norms": {s.strategy: norm_against_torch(s) for s in (ddp, fsdp)},
         "stale": {keep: sampling_after_writing(fsdp, keep) for keep in (True, False)},
         "sampled ddp": whole_output(scenario.build(ddp)),
-        "reductions": [reductions(fsdp, microbatch) for microbatch in (4, 1)],
+        "collectives": {parts: collectives(fsdp, microbatch=4 // parts) for parts in (1, 4)},
         "dtypes": dtypes(fsdp),
     }
 
@@ -227,25 +227,26 @@ def sampling_after_writing(layout: Layout, reshard_after_forward: bool) -> dict[
     }
 
 
-class ReduceScatters(TorchDispatchMode):
-    """Counts them."""
+class Collectives(TorchDispatchMode):
+    """Counts gathers of weights and reductions of gradients."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.counts = {"allgather": 0, "reduce_scatter": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "reduce_scatter" in str(func)
+        for name in self.counts:
+            self.counts[name] += name in str(func)
         return func(*args, **(kwargs or {}))
 
 
-def reductions(layout: Layout, microbatch: int) -> int:
+def collectives(layout: Layout, microbatch: int) -> dict[str, int]:
     engine = scenario.build(layout)
     scenario.backward(engine, 0)
     engine.step(0.0, torch.zeros(()))
-    with ReduceScatters() as counted:
+    with Collectives() as counted:
         scenario.backward(engine, 1, microbatch)
-    return counted.count
+    return counted.counts
 
 
 def dtypes(layout: Layout) -> list[str]:
@@ -372,8 +373,10 @@ def test_sampling_sees_the_weights_as_they_are_now(two):
 
 
 def test_gradients_travel_once_however_many_microbatches(two):
-    blocks_and_rest = scenario.CONFIG.depth + 1
-    assert two[0]["reductions"] == [blocks_and_rest, blocks_and_rest]
+    """Weights are gathered for each forward, and for each backward but the rest of the model."""
+    blocks = scenario.CONFIG.depth
+    for parts, counts in two[0]["collectives"].items():
+        assert counts == {"allgather": parts * (2 * blocks + 1), "reduce_scatter": blocks + 1}
 
 
 def test_data_ranks_are_numbered(four):
