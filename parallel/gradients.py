@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 
+from parallel.initialise import local_part
+
 EPSILON = 1e-6
 
 Groups = tuple[ProcessGroup, ...]
@@ -38,7 +40,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     """
     listed = list(parameters)
     norm = gradient_norm(listed)
-    pieces = [_local(p.grad) for p in listed if p.grad is not None]
+    pieces = [local_part(p.grad) for p in listed if p.grad is not None]
     if max_norm is not None and pieces:
         torch._foreach_mul_(pieces, (max_norm / (norm + EPSILON)).clamp(max=1.0))
     return norm
@@ -78,7 +80,3 @@ def _groups(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Groups:
         for axis, placement in enumerate(placements)
         if placement.is_shard() and mesh.size(axis) > 1
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
