@@ -1,0 +1,106 @@
+"""Pictures show the values they were given, where they belong."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer.pictures import (
+    GAP,
+    MARGIN,
+    SMALLEST_TILE,
+    class_grid,
+    loss_curve,
+    sample_grid,
+    to_pixels,
+    training_grids,
+)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_minus_one_is_black_one_is_white_and_nothing_overflows() -> None:
+    values = torch.tensor([-1.0, 1.0, 0.0, -7.0, 7.0, math.nan]).reshape(6, 1, 1, 1)
+    pixels = to_pixels(values)
+    assert pixels.shape == (6, 1, 1, 3)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 255, 128, 0, 255, 0]
+    color = to_pixels(torch.tensor([1.0, 0.0, -1.0]).reshape(1, 3, 1, 1))
+    assert color[0, 0, 0].tolist() == [255, 128, 0]
+
+
+def test_a_grid_shows_every_image_in_its_place(tmp_path: Path) -> None:
+    shades = torch.linspace(-1, 1, 7)
+    images = shades.reshape(7, 1, 1, 1).expand(7, 3, 8, 8)
+    sample_grid(images, tmp_path / "deep" / "grid.png", columns=3)
+    sheet = _pixels(tmp_path / "deep" / "grid.png")
+    tile = SMALLEST_TILE
+    assert sheet.shape == (2 * MARGIN + 3 * tile + 2 * GAP, 2 * MARGIN + 3 * tile + 2 * GAP, 3)
+    bytes_ = to_pixels(images)[:, 0, 0]
+    assert len(np.unique(bytes_)) == 7
+    for i, shade in enumerate(bytes_):
+        y, x = (MARGIN + place * (tile + GAP) for place in divmod(i, 3))
+        part = sheet[y : y + tile, x : x + tile]
+        assert np.all(part == shade), i
+    assert np.all(sheet[MARGIN + 2 * (tile + GAP) :, MARGIN + tile + GAP :] == 255)
+
+
+def test_class_rows_hold_the_images_asked_for(tmp_path: Path) -> None:
+    labels = torch.tensor([2, 0, 2, 2, 0])
+    images = (labels.float() - 1).reshape(5, 1, 1, 1).expand(5, 1, 64, 64)
+    class_grid(images, labels, ["low", "never", "high"], tmp_path / "class.png", columns=2)
+    sheet = _pixels(tmp_path / "class.png")
+    right = sheet[:, -MARGIN - 2 * 64 - GAP : -MARGIN]
+    assert np.all(right[MARGIN : MARGIN + 64, :64] == 0)
+    assert np.all(right[MARGIN + 64 + GAP : -MARGIN, 64 + GAP :] == 255)
+    assert sheet.shape[0] == 2 * MARGIN + 2 * 64 + GAP
+    assert sheet[:, : -MARGIN - 2 * 64 - GAP].min() < 100, "the names are written at the left"
+
+
+def test_training_rows_follow_the_steps(tmp_path: Path) -> None:
+    history = [(step, torch.full((4, 1, 56, 56), value)) for step, value in ((10, -1.0), (20, 0.0))]
+    training_grids(history, tmp_path / "train.png", columns=3)
+    sheet = _pixels(tmp_path / "train.png")
+    column = sheet[:, -MARGIN - 30, 0]
+    assert np.all(column[MARGIN : MARGIN + 56] == 0)
+    assert np.all(column[MARGIN + 56 + GAP : -MARGIN] == 128)
+
+
+def test_labels_are_written_under_their_images(tmp_path: Path) -> None:
+    images = torch.ones(2, 1, 64, 64)
+    sample_grid(images, tmp_path / "grid.png", 2, ["a label far too long for its image", ""])
+    sheet = _pixels(tmp_path / "grid.png")
+    below = sheet[MARGIN + 64 : -MARGIN]
+    assert below[:, : MARGIN + 64].min() < 200
+    assert below[:, MARGIN + 64 + GAP :].min() == 255
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_the_curve_falls_where_the_loss_falls_and_marks_resumes(tmp_path: Path, log: bool) -> None:
+    metrics = [
+        {"step": s, "loss": 1.0 if s < 50 else 0.1, "grad_norm": 1.0 / s} for s in range(1, 101)
+    ]
+    metrics[30] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": 1}
+    loss_curve(metrics, tmp_path / "plain.png", "law", log)
+    loss_curve([*metrics[:70], metrics[70] | {"resumed": True}, *metrics[71:]],
+               tmp_path / "resumed.png", "law", log)  # fmt: skip
+    plain, resumed = _pixels(tmp_path / "plain.png"), _pixels(tmp_path / "resumed.png")
+    assert plain.shape == resumed.shape
+    blue = np.argwhere((plain[..., 2] > plain[..., 0] + 80) & (plain[..., 2] > 140))
+    early, late = blue[blue[:, 1] < 400], blue[blue[:, 1] > 900]
+    late = late[late[:, 0] > 200]  # not the legend
+    assert np.median(early[:, 0]) + 100 < np.median(late[:, 0])
+    changed = np.argwhere((plain != resumed).any(axis=2))
+    # The dashed line stands at 70 % of the axis; the legend's new entry is elsewhere.
+    assert np.any(np.abs(changed[:, 1] / plain.shape[1] - 0.72) < 0.03)
+
+
+def test_an_empty_log_has_no_curve(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no step"):
+        loss_curve([], tmp_path / "none.png", "law", False)

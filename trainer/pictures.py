@@ -1,0 +1,235 @@
+"""The pictures of a run, as PNG files: its curves and its samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+
+INK, QUIET, FAINT, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
+BLUE, AMBER, RED = "#2f6f9f", "#b7791f", "#c0392b"
+GAP = 2
+MARGIN = 10
+SMALLEST_TILE = 56
+
+_STYLE = {
+    "font.size": 10,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "text.color": INK,
+}
+
+
+def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str, log: bool) -> None:
+    """Loss (raw and smoothed) over the steps, gradient norm beneath, resumes and skips marked.
+
+    metrics: lines of `metrics.jsonl`; `resumed` marks the first step of a process that resumed
+    log: logarithmic losses, for losses that are all positive
+
+    Raises ValueError if there is no line to draw.
+    """
+    if not metrics:
+        raise ValueError("no step has been logged, so there is no curve to draw")
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = np.array([m["step"] for m in metrics], dtype=np.float64)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 5.6), dpi=130, facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        loss = _column(metrics, "loss")
+        _curve(top, steps, loss, BLUE, "loss")
+        norm = _column(metrics, "grad_norm")
+        _curve(bottom, steps, norm, AMBER, "gradient norm")
+        bottom.set_xlabel("step")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        _logarithmic(bottom, norm)
+        if log:
+            _logarithmic(top, loss)
+        _marks((top, bottom), metrics)
+        top.set_xlim(steps.min() - 0.5, steps.max() + 0.5)
+        last = _smooth(loss)[-1]
+        top.set_title(f"{title}    loss {last:.4f} at step {int(steps[-1]):,}", loc="left")
+        top.legend(loc="upper right", edgecolor="none", framealpha=0.85)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+
+
+def sample_grid(
+    images: Tensor, path: Path, columns: int, labels: Sequence[str] | None = None
+) -> None:
+    """(n, channels, height, width) images in [-1, 1] in rows of `columns`, each over its label."""
+    tiles = _tiles(images)
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    under = None
+    if labels is not None:
+        under = [list(labels[start : start + columns]) for start in range(0, len(labels), columns)]
+    _save(_sheet(rows, under=under), path)
+
+
+def training_grids(history: Sequence[tuple[int, Tensor]], path: Path, columns: int) -> None:
+    """One row of samples for each step of `history`, from first to last, behind its step."""
+    rows = [_tiles(images[:columns]) for _, images in history]
+    _save(_sheet(rows, left=[f"step {step:,}" for step, _ in history]), path)
+
+
+def class_grid(
+    images: Tensor, labels: Tensor, names: Sequence[str], path: Path, columns: int
+) -> None:
+    """One row a class: the first `columns` images that were asked to be of it, behind its name."""
+    tiles = _tiles(images)
+    asked = labels.tolist()
+    shown = [i for i in range(len(names)) if i in asked]
+    rows = [[t for t, label in zip(tiles, asked, strict=True) if label == i] for i in shown]
+    _save(_sheet([row[:columns] for row in rows], left=[names[i] for i in shown]), path)
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """(n, height, width, 3) bytes of images in [-1, 1]; what is not a number is black."""
+    finite = torch.nan_to_num(images.detach().float().cpu(), nan=-1.0)
+    scaled = ((finite.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if scaled.shape[1] == 1:
+        scaled = scaled.expand(-1, 3, -1, -1)
+    pixels: Pixels = scaled.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels
+
+
+def _tiles(images: Tensor) -> list[Image.Image]:
+    """Pictures, small ones enlarged by a whole number: seen well, and no pixel is blurred."""
+    pixels = to_pixels(images)
+    factor = max(1, -(-SMALLEST_TILE // max(pixels.shape[1:3])))
+    size = (pixels.shape[2] * factor, pixels.shape[1] * factor)
+    return [Image.fromarray(p).resize(size, Image.Resampling.NEAREST) for p in pixels]
+
+
+def _sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    left: Sequence[str] | None = None,
+    under: Sequence[Sequence[str]] | None = None,
+) -> Image.Image:
+    """Tiles in rows on white paper, with names left of the rows or labels under the tiles."""
+    width, height = next((t.size for row in rows for t in row), (SMALLEST_TILE, SMALLEST_TILE))
+    font = _font(max(11, min(16, height // 4)))
+    name_width = max((int(font.getlength(name)) for name in left or ()), default=0)
+    start = MARGIN + (name_width + MARGIN if left else 0)
+    label_height = int(font.size * 1.5) if under else 0
+    pitch = height + GAP + label_height
+    longest = max((len(row) for row in rows), default=0)
+    size = (start + longest * (width + GAP) - GAP + MARGIN, 2 * MARGIN + len(rows) * pitch - GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        above = MARGIN + y * pitch
+        if left:
+            middle = (start - MARGIN, above + height // 2)
+            draw.text(middle, left[y], fill=INK, font=font, anchor="rm")
+        for x, tile in enumerate(row):
+            corner = (start + x * (width + GAP), above)
+            sheet.paste(tile, corner)
+            if under and y < len(under) and x < len(under[y]):
+                text = _fit(under[y][x], font, width)
+                place = (corner[0] + width // 2, above + height + label_height // 2)
+                draw.text(place, text, fill=QUIET, font=font, anchor="mm")
+    return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib, so that pictures look the same everywhere."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, cut with an ellipsis where it is wider than `width`."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG", optimize=True)
+
+
+def _column(metrics: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """One number a line, nan where it is missing or not finite."""
+    values = np.array([m.get(name, np.nan) for m in metrics], dtype=np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over a window about each step, a fiftieth of the curve wide; nan counts for nothing."""
+    kernel = np.hanning(2 * (len(values) // 50) + 3)
+    good = np.isfinite(values)
+    weight = np.convolve(good, kernel, mode="full")
+    total = np.convolve(np.where(good, values, 0.0), kernel, mode="full")
+    middle = slice(len(kernel) // 2, len(kernel) // 2 + len(values))
+    with np.errstate(invalid="ignore"):
+        mean: NDArray[np.float64] = total[middle] / weight[middle]
+    return mean
+
+
+def _curve(
+    axes: Any, steps: NDArray[np.float64], values: NDArray[np.float64], color: str, name: str
+) -> None:
+    """Raw values faint, their smooth mean strong."""
+    # A few points make no line that could be seen.
+    dot = "o" if len(values) < 20 else None
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        marker=dot,
+        markersize=4,
+        alpha=0.28,
+        linewidth=0.8,
+        label=f"{name}, each step",
+    )
+    axes.plot(steps, _smooth(values), color=color, linewidth=1.8, label=f"{name}, smoothed")
+    axes.set_ylabel(name)
+
+
+def _logarithmic(axes: Any, values: NDArray[np.float64]) -> None:
+    """Logarithmic with plain numbers at its ticks, if all values allow it."""
+    good = values[np.isfinite(values)]
+    if not len(good) or good.min() <= 0:
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    decades = np.log10(good.max() / good.min())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _marks(axes: Sequence[Any], metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A dashed line where training was resumed, a red tick where a step was skipped."""
+    resumed = [m["step"] for m in metrics if m.get("resumed")]
+    skipped = [m["step"] for m in metrics if m.get("skipped")]
+    for axis in axes:
+        for i, step in enumerate(resumed):
+            label = "resumed" if i == 0 else None
+            axis.axvline(step, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label=label)
+        if skipped:
+            floor = axis.get_xaxis_transform()
+            axis.plot(skipped, [0.0] * len(skipped), "|", color=RED, markersize=12, transform=floor,
+                      label="skipped step", clip_on=False)  # fmt: skip
