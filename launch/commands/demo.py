@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flows.errors import UserError
+from trainer.checkpoints.commit import committed
 from trainer.metrics_log import read
 from trainer.recipe import load_recipe
 
@@ -32,8 +33,8 @@ def demo(
     root = _fresh(Path(folder))
     shards, run = root / "shards", root / "digits"
     _flowmill(
-        "data", "pack", "embedded:digits28/train-{000000..000003}.tar",
-        str(shards / "train-%06d.tar"), "--per-shard", "1500",
+        "data", "pack", "embedded:digits28/train-{000000..000003}.tar", str(shards),
+        "--per-shard", "1500",
     )  # fmt: skip
     _flowmill("data", "verify", str(shards / "train-*.tar"))
     train = [
@@ -107,7 +108,8 @@ def _fresh(folder: Path) -> Path:
 
 
 def _newest(checkpoints: Path) -> Path:
-    return max(checkpoints.glob("step-*"), default=checkpoints)
+    found = committed(checkpoints)
+    return found[-1][1] if found else checkpoints
 
 
 def _mlflow_command(root: Path) -> str:

@@ -16,17 +16,24 @@ def evaluate(
     count: Annotated[int, typer.Option(min=10, help="Samples to draw.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Class accuracy by a classifier trained on real images; energy distance to held-out ones."""
+    """Class accuracy by a classifier of real images; energy distance to held-out real images.
+
+    Kept as RUN/evaluation.json, too.
+    """
+    from trainer.judging import judge_run
     from trainer.run_folder import open_run
     from trainer.sampling import with_overrides
-    from trainer.verdict import evaluate_run
 
     folder, recipe = open_run(run)
-    recipe = with_overrides(recipe, overrides or [])
-    verdict = evaluate_run(folder, recipe, count)
+    samples, found = judge_run(folder, with_overrides(recipe, overrides or []), count)
+    verdict = {"network_calls": samples.network_calls, **found.to_dict()}
     text = json.dumps(verdict)
-    (folder.root / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    folder.evaluation.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
         return
-    Console(soft_wrap=True).print(_table(verdict))
+    table = Table("samples", "found", "beside", title=f"{run}, {count} samples")
+    table.add_row("network calls a sample", str(samples.network_calls), "")
+    for row in found.rows():
+        table.add_row(*row)
+    Console().print(table)
