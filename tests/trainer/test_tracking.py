@@ -198,14 +198,13 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     picture = folder / "grid.png"
     picture.write_bytes(b"\x89PNG")
     warnings: list[str] = []
-    longest = 0.0
+    waits: list[float] = []
 
     def train(tracker: Tracker, steps: range, until: Any = lambda: False) -> int:
-        nonlocal longest
         for step in steps:
             before = time.perf_counter()
             tracker.metrics(step, {"loss": 1 / step, "grad_norm": float(step)})
-            longest = max(longest, time.perf_counter() - before)
+            waits.append(time.perf_counter() - before)
             time.sleep(0.002)
             if until():
                 return step
@@ -236,7 +235,10 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     train(resumed, range(step - 10, step + 11))
     resumed.close("FINISHED", PATIENT)
     assert len(warnings) == 1, warnings
-    assert longest < 0.05
+    # The calls that touched the network would take seconds; that an operating system with more to do
+    # than cores takes the core away for a moment is nobody's fault.
+    assert sorted(waits)[int(len(waits) * 0.99)] < 0.05
+    assert max(waits) < 0.5
     client = MlflowClient(tracking_uri=server.uri)
     runs = client.search_runs([client.get_experiment_by_name("law").experiment_id])
     assert [(run.info.run_id, run.info.status) for run in runs] == [(resumed.run_id, "FINISHED")]
