@@ -97,12 +97,12 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> int:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    codes = [process.wait() for process in processes]
-    if not any(codes):
+    ends = [process.wait() for process in processes]
+    if not any(ends):
         return 0
-    rank = failed if failed is not None else next(r for r, code in enumerate(codes) if code)
-    sys.stderr.write(_obituary(rank, codes[rank], logs))
-    return codes[rank] if codes[rank] > 0 else 128 - codes[rank]
+    rank = failed if failed is not None else next(r for r, code in enumerate(ends) if code)
+    sys.stderr.write(_obituary(rank, ends[rank], logs))
+    return ends[rank] if ends[rank] > 0 else 128 - ends[rank]
 
 
 def _obituary(rank: int, code: int, logs: Path) -> str:
