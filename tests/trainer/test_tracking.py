@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from flows.errors import UserError
 from trainer.tracking import Tracker, start
+from trainer.tracking.outbox import Outbox
 from trainer.tracking.redact import flatten, redact, redact_text, safe_name
 from trainer.tracking.tracker import Pace
 
@@ -132,6 +133,27 @@ def test_a_killed_process_loses_and_repeats_nothing(sqlite: str, tmp_path: Path)
         tracker.metrics(step, {"loss": float(step)})
     tracker.close("FINISHED", PATIENT)
     assert _history(sqlite, tracker.run_id, "loss") == [(s, float(s)) for s in range(1, 801)]
+
+
+def test_what_was_sent_but_never_answered_is_not_doubled(sqlite: str, tmp_path: Path) -> None:
+    """The run and its metrics are in the store, but the process died before it could note so."""
+    outbox = Outbox(tmp_path, sqlite)
+    for step in range(1, 21):
+        outbox.metrics(step, {"loss": 1 / step}, time_ms=1000 + step)
+    outbox.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first = _start(tmp_path, sqlite)
+    first.close("FAILED", PATIENT)
+    for path in tmp_path.glob("mlflow-*"):
+        path.unlink()
+    for path, content in before.items():
+        path.write_bytes(content)
+
+    second = _start(tmp_path, sqlite)
+    second.metrics(21, {"loss": 1 / 21})
+    second.close("FINISHED", PATIENT)
+    assert second.run_id == first.run_id
+    assert _history(sqlite, second.run_id, "loss") == [(s, 1 / s) for s in range(1, 22)]
 
 
 def test_another_store_gets_a_run_of_its_own(sqlite: str, tmp_path: Path) -> None:
