@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from torch import Tensor
 
+from parallel import processes
 from trainer import metrics_log
 from trainer.checkpoints.commit import committed
 from trainer.checkpoints.manifest import Manifest, read_manifest
@@ -124,9 +126,11 @@ def wait_until(
         time.sleep(0.001)
 
 
-def train_here(made: Recipe) -> Outcome:
-    """Train within this process, on one rank."""
-    return run_training(made, 1, Silence())
+def train_here(made: Recipe, progress: "Silence | None" = None) -> Outcome:
+    """Train within this process, as one rank on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "choose_device", lambda *_: torch.device("cpu"))
+        return run_training(made, 1, progress or Silence())
 
 
 class Silence:

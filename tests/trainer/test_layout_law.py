@@ -14,6 +14,8 @@ from tests.trainer import runs
 from trainer.assembly import build_objective, plan
 from trainer.running import open_loader
 
+pytestmark = pytest.mark.timeout(900)
+
 EXACT = 1e-5
 STEPS = 20
 CHANGES = (f"train.steps={STEPS}", "checkpoint.every=1000", "data.flip=0.5")
@@ -45,7 +47,7 @@ MORE_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every layout trained once, two at a time."""
+    """Every layout trained once, and another seed."""
     return trained(tmp_path_factory.mktemp("layouts"), LAYOUTS | {"seed": (1, ["seed=1"])})
 
 
@@ -61,12 +63,19 @@ def more_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(parent: Path, layouts: dict[str, tuple[int, list[str]]]) -> dict[str, Path]:
+    """Several ranks as `flowmill train --ranks N`, two layouts at a time; one rank here."""
+    folders = {name: parent / name.replace(" ", "-") for name in layouts}
+
     def train(name: str) -> Path:
         ranks, changes = layouts[name]
-        return runs.train(parent / name.replace(" ", "-"), *CHANGES, *changes, ranks=ranks)
+        return runs.train(folders[name], *CHANGES, *changes, ranks=ranks)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(layouts, pool.map(train, layouts), strict=True))
+        list(pool.map(train, [name for name, (ranks, _) in layouts.items() if ranks > 1]))
+    for name, (ranks, changes) in layouts.items():
+        if ranks == 1:
+            assert runs.train_here(runs.recipe(folders[name], *CHANGES, *changes)).finished
+    return folders
 
 
 def hold(folder: Path, one: Path) -> None:

@@ -16,7 +16,6 @@ from flows.batch import Batch
 from flows.errors import UserError
 from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
-from parallel import processes
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import runs
@@ -25,14 +24,9 @@ from trainer.assembly import plan
 from trainer.loop import Parts, checkpoint_tensors, one_step, stop_requested
 from trainer.reporting import Quiet
 from trainer.run_folder import RunFolder
-from trainer.running import assemble, run_training
+from trainer.running import assemble
 
 STEPS = ("train.steps=12", "checkpoint.every=5")
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
-    monkeypatch.setattr(processes, "choose_device", lambda *_: torch.device("cpu"))
 
 
 def trained(folder: Path, *changes: str) -> Path:
@@ -42,9 +36,7 @@ def trained(folder: Path, *changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def quiet_run(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "choose_device", lambda *_: torch.device("cpu"))
-        yield trained(tmp_path_factory.mktemp("quiet") / "run")
+    return trained(tmp_path_factory.mktemp("quiet") / "run")
 
 
 def same_run(ours: Path, theirs: Path) -> None:
@@ -136,7 +128,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(quiet_run, tmp_path
     made = runs.recipe(tmp_path / "run", *STEPS)
     handlers = [signal.getsignal(kind) for kind in loop.STOP_SIGNALS]
     who = Stopping(3, *signals)
-    outcome = run_training(made, 1, who)
+    outcome = runs.train_here(made, who)
     assert not outcome.finished
     # Step 3 is told during step 4, and what step 5 says of the signal is read in step 6.
     assert list(runs.manifests(tmp_path / "run"))[-1] == outcome.steps == 6
@@ -161,7 +153,7 @@ def test_a_dead_tracking_server_costs_a_warning(quiet_run, tmp_path):
         closed = probe.getsockname()[1]
     who = runs.Silence()
     changes = ("tracking.mlflow=true", f"tracking.uri=http://127.0.0.1:{closed}")
-    assert run_training(runs.recipe(tmp_path / "run", *STEPS, *changes), 1, who).finished
+    assert runs.train_here(runs.recipe(tmp_path / "run", *STEPS, *changes), who).finished
     warnings = [text for text in who.heard if "MLflow" in text]
     assert len(warnings) == 1
     assert "training goes on" in warnings[0]
@@ -172,7 +164,7 @@ def test_a_learning_rate_without_sense_ends_in_one_sentence(tmp_path):
     changes = ("optimizer.lr=1e+30", "optimizer.warmup=0", "train.max_skipped=3")
     made = runs.recipe(tmp_path / "run", *STEPS, *changes)
     with pytest.raises(UserError, match=r"the gradient was not finite 4 steps in a row; lower"):
-        run_training(made, 1, runs.Silence())
+        runs.train_here(made)
     skipped = runs.series(tmp_path / "run", "skipped").tolist()
     assert skipped == sorted(skipped)
     assert skipped[-1] == 3, "the step that was one too many is the sentence, not a line"

@@ -26,6 +26,8 @@ from trainer.run_folder import open_run
 from trainer.running import open_loader
 from trainer.sampling import sample_checkpoint
 
+pytestmark = pytest.mark.timeout(900)
+
 EXACT = 1e-5
 SAMPLES = 297
 # Three epochs of a small data set; an epoch ends in the middle of a batch.
