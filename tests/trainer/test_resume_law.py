@@ -85,11 +85,15 @@ class Story:
             runs.wait_until(lambda: not any(map(runs.alive, family)), process=None)
             self._died(process, began)
 
-    def dies_writing(self, *changes: str) -> None:
-        """Start or go on until the kill hits between the first and the last byte of a checkpoint."""
+    def dies_writing(self, *changes: str, ranks: int = 1, later: float = 0.0) -> None:
+        """Start or go on until a kill hits between the first and the last byte of a checkpoint.
+
+        later: up to so many seconds after the first byte
+        """
         for _ in range(ATTEMPTS):
-            with runs.training(self.folder, *changes) as process:
+            with runs.training(self.folder, *changes, ranks=ranks) as process:
                 runs.wait_until(lambda: torn(self.folder), process=process)
+                time.sleep(dice.uniform(0.0, later))
                 began = time.monotonic()
                 runs.kill(process)
                 self._died(process, began)
@@ -164,6 +168,14 @@ def same_bits(story: Story, whole: Story) -> None:
     assert [line["loss_by_time"] for line in runs.lines(story.folder)] == theirs
 
 
+def to_rounding(story: Story, whole: Story) -> None:
+    ours, theirs = runs.tensors(story.folder), runs.tensors(whole.folder)
+    errors = {key: runs.relative(runs.series(story.folder, key), runs.series(whole.folder, key))
+              for key in ("loss", "grad_norm")}  # fmt: skip
+    errors |= {part: runs.distance(ours, theirs, part) for part in ("model.", "ema.", "optimizer.")}
+    assert max(errors.values()) <= EXACT, errors
+
+
 def test_killed_and_resumed_on_one_rank_is_the_same_run_bit_by_bit(stories):
     same_bits(stories["alone"], stories["whole"])
 
@@ -173,12 +185,7 @@ def test_killed_and_resumed_on_two_sharded_ranks_is_the_same_run_bit_by_bit(stor
 
 
 def test_moving_over_numbers_of_ranks_is_the_same_run_to_rounding(stories):
-    ours, whole = stories["moving"].folder, stories["whole sharded"].folder
-    errors = {key: runs.relative(runs.series(ours, key), runs.series(whole, key))
-              for key in ("loss", "grad_norm")}  # fmt: skip
-    tensors = runs.tensors(ours), runs.tensors(whole)
-    errors |= {part: runs.distance(*tensors, part) for part in ("model.", "ema.", "optimizer.")}
-    assert max(errors.values()) <= EXACT, errors
+    to_rounding(stories["moving"], stories["whole sharded"])
 
 
 def test_runs_were_cut_where_it_says(stories):
@@ -261,6 +268,63 @@ def test_no_sample_is_missed_or_repeated_while_ranks_come_and_go(stories):
         within = [keys[p] for p in range(epoch * SAMPLES, (epoch + 1) * SAMPLES)]
         assert len(set(within)) == SAMPLES
     assert [keys[p] for p in range(SAMPLES)] != [keys[p + SAMPLES] for p in range(SAMPLES)]
+
+
+@pytest.mark.slow
+def test_many_deaths_on_one_rank_leave_the_same_bits(stories, tmp_path):
+    story = Story(tmp_path / "run")
+    for step in some_steps(4, 8, 60):
+        story.dies(step, *ALONE)
+    for _ in range(4):
+        story.dies_writing(*ALONE, "checkpoint.every=1", later=0.01)
+    for step in some_steps(3, 80, 150):
+        story.dies(step, *ALONE)
+    same_bits(story.ends(*ALONE), stories["whole"])
+
+
+@pytest.mark.slow
+def test_many_deaths_on_two_sharded_ranks_leave_the_same_bits(stories, tmp_path):
+    story = Story(tmp_path / "run")
+    for step in some_steps(2, 8, 25):
+        story.dies(step, *SHARDED, ranks=2)
+    for _ in range(2):
+        story.dies_writing(*SHARDED, "checkpoint.every=1", ranks=2, later=0.02)
+    story.dies(40, *SHARDED, ranks=2, member=1)
+    same_bits(story.ends(*SHARDED, ranks=2), stories["whole sharded"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.strategy=ddp"]),
+        (2, ["parallel.strategy=ddp", "train.microbatch=3"]),
+        (2, ["train.checkpoint_activations=1", "train.microbatch=5"]),
+        (4, ["parallel.strategy=fsdp"]),
+        (4, ["parallel.strategy=hsdp", "parallel.replicate=2"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else f"x{value}",
+)
+def test_killed_and_resumed_is_the_same_run_on_every_layout(tmp_path, ranks, layout):
+    whole = Story(tmp_path / "whole").ends(*SHARDED, *layout, ranks=ranks)
+    story = Story(tmp_path / "story")
+    story.dies(some_steps(1, 8, 45)[0], *SHARDED, *layout, ranks=ranks)
+    same_bits(story.ends(*SHARDED, *layout, ranks=ranks), whole)
+
+
+@pytest.mark.slow
+def test_moving_over_strategies_is_the_same_run_to_rounding(stories, tmp_path):
+    """ddp x2 -> hsdp 2x2 -> none -> fsdp x4 recomputed -> ddp x2 accumulated."""
+    story = Story(tmp_path / "run")
+    for step, ranks, layout in (
+        (10, 2, ["parallel.strategy=ddp"]),
+        (20, 4, ["parallel.strategy=hsdp", "parallel.shard=2"]),
+        (30, 1, []),
+        (40, 4, ["train.checkpoint_activations=1"]),
+    ):
+        story.dies(step, *SHARDED, *layout, ranks=ranks)
+    story.ends(*SHARDED, "parallel.strategy=ddp", "train.microbatch=3", ranks=2)
+    to_rounding(story, stories["whole sharded"])
 
 
 def resumed_from(folder: Path) -> list[int]:

@@ -93,7 +93,7 @@ def test_only_one_process_writes(begun):
     made = runs.recipe(begun.root)
     with writing(begun, made):
         for attempt in (lambda: writing(begun, made).__enter__(), lambda: check_place(begun)):
-            with pytest.raises(UserError, match="Another process is training in .*run"):
+            with pytest.raises(UserError, match=r"Another process is training in .*run"):
                 attempt()
     check_place(begun)
     with writing(begun, made):
