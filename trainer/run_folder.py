@@ -94,19 +94,24 @@ def check_resume(run: RunFolder, recipe: Recipe) -> list[str]:
 
 def check_place(run: RunFolder) -> None:
     """Raises UserError if the run's folder could not be written, or another process trains in it."""
+    check_writable(run)
+    with suppress(FileNotFoundError), (run.root / ".lock").open() as lock:
+        _hold(lock, run)
+
+
+def check_writable(run: RunFolder) -> None:
+    """Raises UserError if the run's folder cannot be written, or could not be made."""
     root = run.root.resolve()
     try:
         existing = next(path for path in (root, *root.parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(
-                f"run.dir = {run.root} cannot be a folder, for {existing} is a file; choose another."
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with suppress(FileNotFoundError), (root / ".lock").open() as lock:
-            _hold(lock, run)
     except OSError as error:
         raise _unwritable(run, error) from None
+    if not existing.is_dir():
+        raise UserError(
+            f"run.dir = {run.root} cannot be a folder, for {existing} is a file; choose another."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(run, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextmanager
