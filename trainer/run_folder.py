@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flows.errors import UserError
-from trainer.recipe import Recipe, build_recipe, write_recipe
+from trainer.recipe import Recipe, build_recipe
 from trainer.yaml_text import read_yaml
 
 # What decides the science of a run: a resume that changed one of these would be another run.
@@ -115,8 +115,8 @@ def check_writable(run: RunFolder) -> None:
 
 
 @contextmanager
-def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
-    """The one process that writes this run: makes the folders, holds the lock, keeps the recipe.
+def locked(run: RunFolder) -> Iterator[None]:
+    """The one process that writes this run: makes the folders and holds the lock.
 
     Raises UserError if another process is training here, or if the folder cannot be written.
     """
@@ -128,7 +128,6 @@ def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
         raise _unwritable(run, error) from None
     with lock:
         _hold(lock, run)
-        write_recipe(recipe, run.recipe)
         yield
 
 
