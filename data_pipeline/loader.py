@@ -227,8 +227,9 @@ def read_all(
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
-    [-1, 1] and labels (samples,) on CPU
+    batch: images decoded at a time
+
+    Returns images (samples, channels, image_size, image_size) in [-1, 1] and labels (samples,), on the CPU.
     """
     contents = Samples(pattern, classes=classes)
     counts = np.array(contents.sizes)
