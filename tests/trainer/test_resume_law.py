@@ -77,6 +77,7 @@ class Story:
         step = max(step, runs.last_step(self.folder) + 1)
         with runs.training(self.folder, *changes, ranks=ranks) as process:
             runs.wait_until(lambda: runs.last_step(self.folder) >= step, process=process)
+            assert process.poll() is None, f"ended by itself:\n{runs.said(self.folder)}"
             family = runs.members(process)
             began = time.monotonic()
             if member is None:
