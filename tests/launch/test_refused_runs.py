@@ -174,6 +174,17 @@ def test_another_process_training_there(refused: Refused) -> None:
             refused(*resume(*more), says=says)
 
 
+def test_ranks_of_one_run_do_not_take_each_other_for_another(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone looks at the lock: a second rank comes as far as meeting it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Path("runs/kept/.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(*resume(), says=("MASTER_ADDR is not set",))
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(
     ("arguments", "says"),
