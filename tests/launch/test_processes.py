@@ -26,7 +26,7 @@ def start(*words: str, module: str = "launch", before: tuple[str, ...] = ()) -> 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, out, err
