@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
+from flows.errors import UserError
 from flows.models.dit import DiT, train_flops
 from parallel.clock import Clock
 from parallel.engines.native import NativeEngine, OptimizerFactory
@@ -74,6 +78,7 @@ def _train_rank(
     recipe = made.recipe
     parts = assemble(made, run, ranks, report)
     stack.callback(parts.loader.close)
+    _begin_with(made, run, ranks, report)
     first = _restore(parts)
     if first:
         report.note(f"resuming {run.root} from step {first}")
@@ -123,6 +128,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         flops=train_flops(made.model),
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
+        budget=Budget(data.max_bad_fraction, made.stream.samples),
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
@@ -141,6 +147,27 @@ def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory
         weight_decay=section.weight_decay,
         device=device,
     )
+
+
+def _begin_with(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> None:
+    """All ranks see the same shards, and a resume will: those left out are reported.
+
+    Raises UserError, on every rank, where they do not.
+    """
+    stream = made.stream
+    seen: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(seen, stream.fingerprint)
+    if other := next((rank for rank, mark in enumerate(seen) if mark != seen[0]), None):
+        raise UserError(
+            f"rank {other} sees other shards in {made.recipe.data.train} than rank 0; make them the same on "
+            "all machines, or repair what one of them cannot index, and start again"
+        )
+    if ranks.is_first:
+        write_past(run.shards, stream.contents.past)
+        left_out = [shard for shard in stream.contents.past if shard.left_out is not None]
+        Quarantine(run.quarantine).add_shards(left_out)
+        if left_out:
+            report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
 
 
 def _restore(parts: Parts) -> int:
