@@ -69,7 +69,7 @@ class Catalog:
     url: str
     base: int
     names: dict[str, int]
-    signatures: NDArray[np.bytes_]
+    signatures: list[bytes]
     samples: NDArray[np.int64]
     kinds: list[tuple[str, ...]]
     kind: NDArray[np.int64]
@@ -125,7 +125,7 @@ def open_catalog(url: str) -> Catalog | None:
                 url=url,
                 base=HEAD.size + length,
                 names={n.decode(): row for row, n in enumerate(arrays["names"].tolist())},
-                signatures=arrays["signatures"],
+                signatures=arrays["signatures"].tolist(),
                 samples=arrays["samples"],
                 kinds=[tuple(kind.split()) for kind in arrays["kinds"].tolist()],
                 kind=arrays["kind"],

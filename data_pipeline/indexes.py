@@ -137,7 +137,8 @@ def _update(folder: str, shards: list[Shard], updated: Updated) -> None:
                 for row in catalog.rows()
                 if row.name not in rows and wanted.get(row.name, row.signature) == row.signature
             ]
-            rows |= {row.name: row for row in copy_indexes(catalog, fit, indexes)}
+            with suppress(OSError):
+                rows |= {row.name: row for row in copy_indexes(catalog, fit, indexes)}
         new = [shard for shard in shards if _file(shard.url) not in rows]
         updated.kept += len(shards) - len(new)
         made = [row for shard in _batches(new) for row in _add(shard, indexes, updated)]

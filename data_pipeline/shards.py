@@ -1,11 +1,14 @@
 """Which shards a pattern names: braces and globs, on any storage, and the embedded data sets."""
 
+import glob
 import itertools
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
+from stat import S_ISDIR
 from typing import NamedTuple
 
 from braceexpand import braceexpand
@@ -84,73 +87,79 @@ def _search_all(names: list[str]) -> Iterator[tuple[str, list[Shard]]]:
         if any(mark in name for mark in "*?["):
             yield name, _match(locate_embedded(name))
         else:
-            folders[name.rpartition("/")[0]].append(name)
+            folders[folder_of(name)].append(name)
     for plain in folders.values():
-        look = _listed(plain)
-        for name, known in zip(plain, _in_threads(look, plain), strict=True):
-            yield name, [] if known is None else [_shard(locate_embedded(name), known)]
+        # All lie in the folder of the first, so its address tells theirs.
+        folder = folder_of(address(plain[0]))
+        for name, known in zip(plain, _look_for(plain), strict=True):
+            url = f"{folder}/{name.rpartition('/')[2]}"
+            yield name, [] if known is None else [Shard(url, known)]
 
 
 def _match(url: str) -> list[Shard]:
     place = resolve(url)
+    if place.local:
+        found = ((path, _stat(path)) for path in glob.iglob(place.path, recursive=True))  # noqa: PTH207
+        return [Shard(path, known) for path, known in found if known is not None]
     matches = patiently(lambda: call(place.storage, "glob", place.path, detail=True))
     return [
-        _shard(url, facts_of(info), path)
+        Shard(_address_of(url, path), facts_of(info))
         for path, info in matches.items()
         if info["type"] != "directory"
     ]
 
 
-def _shard(url: str, known: Facts, path: str | None = None) -> Shard:
-    """The file at `url`, or at another path of the same storage, by its full address."""
-    place = resolve(url)
-    path = path or place.path
-    return Shard(path if place.local else _chain(url) + place.storage.unstrip_protocol(path), known)
-
-
 def address(name: str) -> str:
-    """The full address of a shard that `braceexpand` names."""
-    return _shard(locate_embedded(name), Facts(0, "")).url
+    """The full address of a shard that is named without a pattern."""
+    url = locate_embedded(name)
+    return _address_of(url, resolve(url).path)
 
 
-def _chain(url: str) -> str:
-    """`simplecache::` of `simplecache::s3://bucket/x`: fsspec forgets it on the way back."""
-    return url[: url.rfind("::") + 2] if "::" in url else ""
+def _address_of(url: str, path: str) -> str:
+    """The full address of a path on the storage that `url` lies on."""
+    place = resolve(url)
+    # fsspec forgets the `simplecache::` of `simplecache::s3://bucket/x` on the way back.
+    chain = url[: url.rfind("::") + 2] if "::" in url else ""
+    return path if place.local else chain + str(place.storage.unstrip_protocol(path))
 
 
-def _listed(names: list[str]) -> Callable[[str], Facts | None]:
-    """How to look for shards of one folder: in its listing if they are many, else one by one."""
-    first = resolve(locate_embedded(names[0]))
-    protocols = first.storage.protocol
-    names_of = {protocols} if isinstance(protocols, str) else set(protocols)
-    if first.local or len(names) < LISTED_FROM or names_of & UNLISTED:
-        return _look
-    parent = first.path.rpartition("/")[0]
+def _look_for(names: list[str]) -> Iterable[Facts | None]:
+    """The facts of shards of one folder, None for those that are not there: from its listing if they are
+    many, else one by one."""
+    place = resolve(locate_embedded(names[0]))
+    if place.local:
+        folder = folder_of(place.path)
+        return [_stat(f"{folder}/{name.rpartition('/')[2]}") for name in names]
+    protocols = place.storage.protocol
+    unlisted = UNLISTED & ({protocols} if isinstance(protocols, str) else set(protocols))
+    if len(names) < LISTED_FROM or unlisted:
+        with ThreadPoolExecutor(access().requests) as pool:
+            return list(pool.map(_look, names))
+    folder = folder_of(place.path)
     try:
-        listing = patiently(lambda: call(first.storage, "ls", parent, detail=True))
+        listing = patiently(lambda: call(place.storage, "ls", folder, detail=True))
     except FileNotFoundError:
-        listing = []
+        return [None] * len(names)
     known = {info["name"]: facts_of(info) for info in listing if info["type"] != "directory"}
-    return lambda name: known.get(f"{parent}/{name.rpartition('/')[2]}")
+    return [known.get(f"{folder}/{name.rpartition('/')[2]}") for name in names]
 
 
 def _look(name: str) -> Facts | None:
-    """The facts of one file, None if it is not there."""
-    place = resolve(locate_embedded(name))
+    """The facts of one remote file, None if it is not there."""
+    place = resolve(name)
     try:
-        if place.local:
-            status = Path(place.path).stat()
-            return Facts(status.st_size, str(status.st_mtime))
         return facts_of(patiently(lambda: call(place.storage, "info", place.path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _in_threads(look: Callable[[str], Facts | None], names: list[str]) -> Iterable[Facts | None]:
-    if len(names) == 1 or look is not _look:
-        return map(look, names)
-    with ThreadPoolExecutor(access().requests) as pool:
-        return list(pool.map(look, names))
+def _stat(path: str) -> Facts | None:
+    """The facts of a local file, None if it is not there."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a hundred thousand of them in a moment
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return None if S_ISDIR(status.st_mode) else Facts(status.st_size, str(status.st_mtime))
 
 
 def locate_embedded(name: str) -> str:

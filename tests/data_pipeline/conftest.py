@@ -1,5 +1,6 @@
 """Small real shards, good and bad, and an index cache of the tests' own."""
 
+import dataclasses
 import io
 import tarfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,11 @@ def _own_storage_access() -> Iterator[None]:
     before = storage.access()
     yield
     storage.use(before)
+
+
+def reach(**changes: object) -> None:
+    """Reach storages in another way, until the test ends."""
+    storage.use(dataclasses.replace(storage.access(), **changes))
 
 
 def image_file(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
