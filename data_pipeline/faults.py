@@ -10,7 +10,6 @@ cannot be indexed is left out of the order as a whole when a run begins; what th
 import fcntl
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +60,9 @@ class Found:
 class Source(Protocol):
     """A stream of samples by position."""
 
-    def fetch(self, positions: Tensor) -> list[Found | BadSample]: ...
-
-    def substitute(self, position: int, attempt: int) -> int: ...
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """The samples at (batch,) positions, at attempt 0; at later ones what takes their place."""
+        ...
 
 
 class PastShard(NamedTuple):
@@ -117,9 +116,9 @@ class Rows:
         self._source = source
         self._tolerant = tolerant
         self._positions = positions
-        self._attempts: Counter[int] = Counter()
+        self._attempts = torch.zeros_like(positions)
         self._first: dict[int, BadSample] = {}
-        self._samples: list[Found | BadSample] = source.fetch(positions)
+        self._samples = source.fetch(positions, self._attempts)
         self._replace_unreadable()
 
     @property
@@ -132,28 +131,28 @@ class Rows:
         places, samples = self._positions.tolist(), self.samples
         return [Bad(places[row], why, samples[row]) for row, why in sorted(self._first.items())]
 
-    def decode(self, decode: Callable[[Sequence[int]], T]) -> T:
-        """What `decode` returns for all rows, once none is left that it cannot decode.
+    def apply(self, use: Callable[[Sequence[int]], T]) -> T:
+        """What `use` makes of all rows, once none is left that it cannot use.
 
-        decode: rows -> anything; raises UserError for a damaged image
+        use: rows -> anything; raises UserError for a damaged image among them
         """
         every = range(len(self._samples))
         while True:
             try:
-                return decode(every)
+                return use(every)
             except UserError:
                 if not self._tolerant:
                     raise
-                if not (wrong := self._undecodable(decode)):
+                if not (wrong := self._useless(use)):
                     raise
             self._replace(wrong)
             self._replace_unreadable()
 
-    def _undecodable(self, decode: Callable[[Sequence[int]], T]) -> dict[int, BadSample]:
+    def _useless(self, use: Callable[[Sequence[int]], T]) -> dict[int, BadSample]:
         wrong = {}
         for row, sample in enumerate(self.samples):
             try:
-                decode([row])
+                use([row])
             except UserError as error:
                 wrong[row] = BadSample(str(error), url=sample.url, key=sample.key)
         return wrong
@@ -163,17 +162,16 @@ class Rows:
             self._replace(wrong)
 
     def _replace(self, wrong: Mapping[int, BadSample]) -> None:
-        taken = []
         for row, why in wrong.items():
             if not self._tolerant:
                 raise why
             self._first.setdefault(row, why)
-            self._attempts[row] += 1
-            if self._attempts[row] > MOST_SUBSTITUTES:
+            if self._attempts[row] == MOST_SUBSTITUTES:
                 raise UserError(f"{why}; neither could any of {MOST_SUBSTITUTES} others be used")
-            position = int(self._positions[row])
-            taken.append(self._source.substitute(position, self._attempts[row]))
-        for row, sample in zip(wrong, self._source.fetch(torch.tensor(taken)), strict=True):
+        rows = list(wrong)
+        self._attempts[rows] += 1
+        fetched = self._source.fetch(self._positions[rows], self._attempts[rows])
+        for row, sample in zip(rows, fetched, strict=True):
             self._samples[row] = sample
 
 

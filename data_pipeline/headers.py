@@ -71,8 +71,12 @@ def read_members(url: str) -> Iterator[Member]:
         raise UserError(
             f"{url}: not a whole uncompressed tar ({error}); copy or pack the shard again"
         ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{url} is a folder; name the shards in it, as in {url}/*.tar") from error
     except OSError as error:
-        raise UserError(f"{url}: the shard cannot be read ({describe(error)})") from error
+        raise UserError(
+            f"{url}: the shard cannot be read ({describe(error)}); check its permissions"
+        ) from error
 
 
 def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:

@@ -77,7 +77,9 @@ def look_at(url: str) -> Facts:
     try:
         return facts(url)
     except OSError as error:
-        raise UserError(f"{url}: the shard cannot be found ({describe(error)})") from error
+        raise UserError(
+            f"{url}: the shard cannot be found ({describe(error)}); check the path"
+        ) from error
 
 
 def make_index(url: str, known: Facts) -> ShardIndex:

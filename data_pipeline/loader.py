@@ -78,7 +78,7 @@ class Share:
         flip = draw_flips(positions, seed=self.seed, probability=self.flip)
         rows = Rows(self.stream, positions, tolerant=not self.stream.tolerate.strict)
 
-        image = rows.decode(lambda chosen: self._decode(rows, chosen, flip))
+        image = rows.apply(lambda chosen: self._decode(rows, chosen, flip))
         labels = torch.tensor([one.label for one in rows.samples])
         parts = [image, labels, positions]
         if self.device.type == "cuda":
@@ -292,7 +292,7 @@ def read_all(
         rows = Rows(
             InFileOrder(contents), positions, tolerant=bool(tolerate and not tolerate.strict)
         )
-        images.append(rows.decode(partial(_decode, decoder, rows)))
+        images.append(rows.apply(partial(_decode, decoder, rows)))
         labels.append(torch.tensor([one.label for one in rows.samples]))
     contents.close()
     return torch.cat(images), torch.cat(labels)
@@ -312,11 +312,9 @@ class InFileOrder:
         self._contents = contents
         self._ends = np.cumsum(contents.sizes)
 
-    def fetch(self, positions: Tensor) -> list[Found | BadSample]:
-        place = positions.numpy() % len(self._contents)
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """In the place of a bad one comes the next."""
+        place = (positions + attempts).numpy() % len(self._contents)
         shard = np.searchsorted(self._ends, place, side="right")
         first = self._ends[shard] - np.asarray(self._contents.sizes)[shard]
         return self._contents.fetch(shard, place - first)
-
-    def substitute(self, position: int, attempt: int) -> int:
-        return position + attempt

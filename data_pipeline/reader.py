@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import RLock
 from typing import NamedTuple
 
 from data_pipeline.cache import BlockCache, open_cache
@@ -55,7 +56,7 @@ class Pending:
 
 
 class RangeReader:
-    """Reads ranges in the order asked for, keeping local files open; for one thread at a time.
+    """Reads ranges in the order asked for, keeping local files open; threads take turns.
 
     Errors are UserErrors: a shard has gone, does not answer, or is shorter than when it was indexed.
     """
@@ -68,6 +69,7 @@ class RangeReader:
         self._ahead_bytes = 0
         # Shards that were given up: asked once, not patiently, until they answer again.
         self._silent: set[str] = set()
+        self._turn = RLock()
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range; raises the first UserError."""
@@ -80,6 +82,10 @@ class RangeReader:
 
     def fetch(self, ranges: Sequence[Range]) -> list[bytes | UserError]:
         """The bytes of each range, or why they could not be read."""
+        with self._turn:
+            return self._fetch(ranges)
+
+    def _fetch(self, ranges: Sequence[Range]) -> list[bytes | UserError]:
         remote = [part for part in dict.fromkeys(ranges) if not resolve(part.url).local]
         waiting = {part: self._ahead[part] for part in remote if part in self._ahead}
         for span in coalesce(part for part in remote if part not in waiting):
@@ -91,6 +97,10 @@ class RangeReader:
 
     def expect(self, ranges: Iterable[Range]) -> None:
         """Begin to read remote ranges that will be asked for soon; what is too much is left for then."""
+        with self._turn:
+            self._expect(ranges)
+
+    def _expect(self, ranges: Iterable[Range]) -> None:
         new = (
             part
             for part in dict.fromkeys(ranges)
@@ -104,9 +114,10 @@ class RangeReader:
 
     def forget(self) -> None:
         """Drop what was named beforehand and not asked for."""
-        for pending in self._ahead.values():
-            pending.content.cancel()
-        self._ahead, self._ahead_bytes = {}, 0
+        with self._turn:
+            for pending in self._ahead.values():
+                pending.content.cancel()
+            self._ahead, self._ahead_bytes = {}, 0
 
     def close(self) -> None:
         """Close files and connections; reading opens them again."""

@@ -172,7 +172,7 @@ class Samples:
         except UserError as error:
             return BadSample(str(error), url=url, key=None)
         try:
-            members = [member_range(index, sample, what, names) for what, names in MEMBERS]
+            members = [_member(index, sample, what, extensions) for what, extensions in MEMBERS]
         except BadSample as error:
             return error
         return _Place(url, str(index.keys[sample]), members)
@@ -200,17 +200,27 @@ class _Place:
     members: list[Range]
 
 
-def member_range(index: ShardIndex, sample: int, what: str, extensions: Sequence[str]) -> Range:
-    """Where the sample's one member with one of these extensions lies.
-
-    what: what such a member is called in the message of the BadSample that is raised without one
-    """
-    columns = [c for e in extensions if (c := index.column(e)) is not None]
-    columns = [c for c in columns if index.offsets[sample, c] >= 0]
+def member_range(index: ShardIndex, sample: int, extensions: Sequence[str]) -> Range:
+    """Where the sample's one member with one of these extensions lies; raises KeyError without one."""
+    columns = _columns(index, sample, extensions)
     if len(columns) != 1:
-        raise _incomplete(index, sample, what, extensions, len(columns))
+        raise KeyError(f"{index.url}: sample {index.keys[sample]} has not one of {extensions}")
     offset, size = index.offsets[sample, columns[0]], index.sizes[sample, columns[0]]
     return Range(index.url, int(offset), int(size))
+
+
+def _member(index: ShardIndex, sample: int, what: str, extensions: Sequence[str]) -> Range:
+    """As `member_range`; raises BadSample, which calls such a member `what`, without one."""
+    try:
+        return member_range(index, sample, extensions)
+    except KeyError:
+        count = len(_columns(index, sample, extensions))
+        raise _incomplete(index, sample, what, extensions, count) from None
+
+
+def _columns(index: ShardIndex, sample: int, extensions: Sequence[str]) -> list[int]:
+    columns = [c for e in extensions if (c := index.column(e)) is not None]
+    return [c for c in columns if index.offsets[sample, c] >= 0]
 
 
 def parse_label(text: bytes, name: str, classes: int | None) -> int:

@@ -40,9 +40,16 @@ class Stream:
         found = self.order.sample_at(positions.numpy().astype(np.int64))
         return self.contents.read(found.shard, found.sample)
 
-    def fetch(self, positions: Tensor) -> list[Found | BadSample]:
-        """The samples at (batch,) positions; in the place of a bad one, what is wrong with it."""
-        found = self.order.sample_at(positions.numpy().astype(np.int64))
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """The samples at (batch,) positions; in the place of a bad one, what is wrong with it.
+
+        attempts: (batch,) 0 for the sample itself, 1, 2, ... for those that take its place: any of the
+            same epoch, drawn by seed, position and attempt alone
+        """
+        place, attempt = positions.numpy().astype(np.int64), attempts.numpy()
+        draw = fold(self.order.seed, SUBSTITUTES, place, attempt) % np.uint64(self.samples)
+        other = place - place % self.samples + draw.astype(np.int64)
+        found = self.order.sample_at(np.where(attempt > 0, other, place))
         return self.contents.fetch(found.shard, found.sample)
 
     def expect(self, positions: Tensor) -> None:
@@ -53,12 +60,6 @@ class Stream:
     def forget(self) -> None:
         """What was expected will not be asked for."""
         self.contents.forget()
-
-    def substitute(self, position: int, attempt: int) -> int:
-        """The position whose sample takes the place of a bad one: any of the same epoch, drawn by seed,
-        position and attempt (1, 2, ...) alone."""
-        draw = int(fold(self.order.seed, SUBSTITUTES, position, attempt)[0])
-        return position - position % self.samples + draw % self.samples
 
     def close(self) -> None:
         self.contents.close()

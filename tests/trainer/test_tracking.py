@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from flows.errors import UserError
 from trainer.tracking import Tracker, start
+from trainer.tracking.outbox import Outbox
 from trainer.tracking.redact import flatten, redact, redact_text, safe_name
 from trainer.tracking.tracker import Pace
 
@@ -134,6 +135,27 @@ def test_a_killed_process_loses_and_repeats_nothing(sqlite: str, tmp_path: Path)
     assert _history(sqlite, tracker.run_id, "loss") == [(s, float(s)) for s in range(1, 801)]
 
 
+def test_what_was_sent_but_never_answered_is_not_doubled(sqlite: str, tmp_path: Path) -> None:
+    """The run and its metrics are in the store, but the process died before it could note so."""
+    outbox = Outbox(tmp_path, sqlite)
+    for step in range(1, 21):
+        outbox.metrics(step, {"loss": 1 / step}, time_ms=1000 + step)
+    outbox.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first = _start(tmp_path, sqlite)
+    first.close("FAILED", PATIENT)
+    for path in tmp_path.glob("mlflow-*"):
+        path.unlink()
+    for path, content in before.items():
+        path.write_bytes(content)
+
+    second = _start(tmp_path, sqlite)
+    second.metrics(21, {"loss": 1 / 21})
+    second.close("FINISHED", PATIENT)
+    assert second.run_id == first.run_id
+    assert _history(sqlite, second.run_id, "loss") == [(s, 1 / s) for s in range(1, 22)]
+
+
 def test_another_store_gets_a_run_of_its_own(sqlite: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -198,14 +220,13 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     picture = folder / "grid.png"
     picture.write_bytes(b"\x89PNG")
     warnings: list[str] = []
-    longest = 0.0
+    waits: list[float] = []
 
     def train(tracker: Tracker, steps: range, until: Any = lambda: False) -> int:
-        nonlocal longest
         for step in steps:
             before = time.perf_counter()
             tracker.metrics(step, {"loss": 1 / step, "grad_norm": float(step)})
-            longest = max(longest, time.perf_counter() - before)
+            waits.append(time.perf_counter() - before)
             time.sleep(0.002)
             if until():
                 return step
@@ -236,7 +257,10 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     train(resumed, range(step - 10, step + 11))
     resumed.close("FINISHED", PATIENT)
     assert len(warnings) == 1, warnings
-    assert longest < 0.05
+    # The calls that touched the network would take seconds; that an operating system with more to do
+    # than cores takes the core away for a moment is nobody's fault.
+    assert sorted(waits)[int(len(waits) * 0.99)] < 0.05
+    assert max(waits) < 0.5
     client = MlflowClient(tracking_uri=server.uri)
     runs = client.search_runs([client.get_experiment_by_name("law").experiment_id])
     assert [(run.info.run_id, run.info.status) for run in runs] == [(resumed.run_id, "FINISHED")]
