@@ -83,12 +83,13 @@ def _train_rank(
         stack.enter_context(locked(run))
     parts = assemble(made, run, ranks, Quiet())
     stack.callback(parts.loader.close)
-    _begin_with(made, run, ranks, report)
+    _agree(made, ranks)
     first = _restore(parts)
     if ranks.is_first:
         report = stack.enter_context(_reporting(run, recipe, ranks, progress))
         report.resume(first)
         parts = replace(parts, report=report)
+        _remember(made, run, report)
     if first:
         parts.report.note(f"resuming {run.root} from step {first}")
         for change in changed:
@@ -122,7 +123,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         flops=train_flops(made.model),
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
-        budget=Budget(data.max_bad_fraction, made.stream.samples),
+        budget=Budget(recipe.data.max_bad_fraction, made.stream.samples),
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
@@ -167,25 +168,25 @@ def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory
     )
 
 
-def _begin_with(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> None:
-    """All ranks see the same shards, and a resume will: those left out are reported.
-
-    Raises UserError, on every rank, where they do not.
-    """
-    stream = made.stream
+def _agree(made: Plan, ranks: Ranks) -> None:
+    """Raises UserError, on every rank, where they do not all see the same shards."""
     seen: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(seen, stream.fingerprint)
+    dist.all_gather_object(seen, made.stream.fingerprint)
     if other := next((rank for rank, mark in enumerate(seen) if mark != seen[0]), None):
         raise UserError(
-            f"rank {other} sees other shards in {made.recipe.data.train} than rank 0; make them the same on "
-            "all machines, or repair what one of them cannot index, and start again"
+            f"rank {other} sees other shards in data.train = {made.recipe.data.train} than rank 0; make them "
+            "the same on all machines, or repair what one of them cannot index, and start again"
         )
-    if ranks.is_first:
-        write_past(run.shards, stream.contents.past)
-        left_out = [shard for shard in stream.contents.past if shard.left_out is not None]
-        Quarantine(run.quarantine).add_shards(left_out)
-        if left_out:
-            report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
+
+
+def _remember(made: Plan, run: RunFolder, report: Quiet) -> None:
+    """Write down the shards that this run has, so that a resume has the same, and those left out."""
+    past = made.stream.contents.past
+    write_past(run.shards, past)
+    left_out = [shard for shard in past if shard.left_out is not None]
+    Quarantine(run.quarantine).add_shards(left_out)
+    if left_out:
+        report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
 
 
 def _restore(parts: Parts) -> int:
