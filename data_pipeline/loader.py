@@ -5,16 +5,20 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.augment import draw_flips
 from data_pipeline.decode.decoder import Decoder
+from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
 from data_pipeline.samples import Samples
 from data_pipeline.stream import Stream
 from flows.batch import Batch
@@ -22,6 +26,16 @@ from flows.errors import UserError
 
 # How long a thread that waits for room in the queue takes to notice that it shall stop.
 POLL_SECONDS = 0.05
+# Batches whose bytes are on their way while this one is decoded. Remote neighbours come in one request.
+LOOKAHEAD = 4
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A rank's share of a batch, and the bad samples that were replaced in it."""
+
+    batch: Batch
+    bad: list[Bad]
 
 
 class Share:
@@ -51,20 +65,44 @@ class Share:
         self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
         self.flip = flip
         self.device = device
+        # Where the next batch begins if nobody goes elsewhere, and up to where all is named.
+        self._next = self._named = -1
 
-    def load(self, start: int) -> Batch:
+    def load(self, start: int) -> Loaded:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
         if self.device.type == "cuda":
             # A new thread begins on device 0, whichever device this rank has.
             torch.cuda.set_device(self.device)
-        positions = torch.arange(start + self.first, start + self.end)
-        encoded = self.stream.read(positions)
+        self._look_ahead(start)
+        positions = self._positions(start)
         flip = draw_flips(positions, seed=self.seed, probability=self.flip)
-        image = self.decoder.decode(encoded.images, flip=flip, names=encoded.names)
-        parts = [image, torch.from_numpy(encoded.labels), positions]
+        rows = Rows(self.stream, positions, tolerant=not self.stream.tolerate.strict)
+
+        image = rows.apply(lambda chosen: self._decode(rows, chosen, flip))
+        labels = torch.tensor([one.label for one in rows.samples])
+        parts = [image, labels, positions]
         if self.device.type == "cuda":
             parts = [part if part.is_cuda else part.pin_memory() for part in parts]
-        return Batch(*parts)
+        return Loaded(Batch(*parts), rows.bad)
+
+    def _decode(self, rows: Rows, chosen: Sequence[int], flip: NDArray[np.bool_]) -> Tensor:
+        samples = [rows.samples[row] for row in chosen]
+        images, names = [one.image for one in samples], [one.name for one in samples]
+        return self.decoder.decode(images, flip=flip[list(chosen)], names=names)
+
+    def _positions(self, start: int) -> Tensor:
+        return torch.arange(start + self.first, start + self.end)
+
+    def _look_ahead(self, start: int) -> None:
+        """Name what the next batches need, several at a time so that neighbours meet."""
+        if start != self._next:
+            self.stream.forget()
+            self._named = start
+        self._next = start + self.batch
+        if start >= self._named:
+            self._named = start + LOOKAHEAD * self.batch
+            starts = range(start, self._named, self.batch)
+            self.stream.expect(torch.cat([self._positions(one) for one in starts]))
 
 
 class Ahead:
@@ -74,7 +112,7 @@ class Ahead:
         self._share = share
         self._start = start
         self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(prefetch)
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self._thread.start()
 
@@ -82,7 +120,7 @@ class Ahead:
     def depth(self) -> int:
         return self._ready.qsize()
 
-    def take(self) -> Batch:
+    def take(self) -> Loaded:
         """The next batch; raises what loading it raised."""
         item = self._ready.get()
         if isinstance(item, BaseException):
@@ -97,7 +135,7 @@ class Ahead:
     def _run(self) -> None:
         start = self._start
         while not self._stopped.is_set():
-            item: Batch | BaseException
+            item: Loaded | BaseException
             try:
                 item = self._share.load(start)
             # Whatever it was belongs to the thread that waits for this batch.
@@ -108,7 +146,7 @@ class Ahead:
                 return
             start += self._share.batch
 
-    def _put(self, item: Batch | BaseException) -> None:
+    def _put(self, item: Loaded | BaseException) -> None:
         while not self._stopped.is_set():
             try:
                 self._ready.put(item, timeout=POLL_SECONDS)
@@ -126,8 +164,10 @@ class Loader:
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
     queue_depth: batches that were ready when it was called
+    bad_samples: samples of this rank's share of the last batch that were replaced
 
-    Raises UserError from `next` for a bad sample, naming it.
+    Raises UserError from `next` for a bad sample, naming it, or for more of them than the stream
+    tolerates in an epoch.
     """
 
     def __init__(
@@ -158,6 +198,9 @@ class Loader:
         self.position = 0
         self.wait_seconds = 0.0
         self.queue_depth = 0
+        self.bad_samples = 0
+        self._budget = Budget(stream.tolerate.max_bad_fraction, stream.samples)
+        self._quarantine = Quarantine(stream.tolerate.report)
         self._ahead: Ahead | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
 
@@ -172,13 +215,17 @@ class Loader:
             self._stop = weakref.finalize(self, self._ahead.stop)
         self.queue_depth = self._ahead.depth
         try:
-            batch = self._ahead.take()
+            loaded = self._ahead.take()
+            # Not when it was loaded: what is never taken has not been part of the run.
+            self._quarantine.add_samples(loaded.bad)
+            self._budget.add(self.position, len(loaded.bad))
         except BaseException:
             self._stop_ahead()
             raise
         self.position += self.share.batch
+        self.bad_samples = len(loaded.bad)
         self.wait_seconds = time.perf_counter() - began
-        return batch
+        return loaded.batch
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks."""
@@ -223,23 +270,51 @@ class Loader:
 
 
 def read_all(
-    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
+    pattern: str,
+    decoder: Decoder,
+    *,
+    classes: int,
+    limit: int | None,
+    batch: int,
+    tolerate: Tolerance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
-    [-1, 1] and labels (samples,) on CPU
+    batch: images decoded at a time
+    tolerate: where it allows bad samples, the next good one is taken once more; None: none
+    Returns images (samples, channels, image_size, image_size) in [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes)
-    counts = np.array(contents.sizes)
-    shard = np.repeat(np.arange(len(counts)), counts)
-    sample = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+    contents = Samples(pattern, classes=classes, tolerate=tolerate)
     images, labels = [], []
-    for start in range(0, len(shard) if limit is None else min(limit, len(shard)), batch):
-        part = slice(start, min(start + batch, limit or len(shard)))
-        encoded = contents.read(shard[part], sample[part])
-        flip = np.zeros(len(encoded.images), np.bool_)
-        images.append(decoder.decode(encoded.images, flip=flip, names=encoded.names).cpu())
-        labels.append(torch.from_numpy(encoded.labels))
+    total = len(contents) if limit is None else min(limit, len(contents))
+    for start in range(0, total, batch):
+        positions = torch.arange(start, min(start + batch, total))
+        rows = Rows(
+            InFileOrder(contents), positions, tolerant=bool(tolerate and not tolerate.strict)
+        )
+        images.append(rows.apply(partial(_decode, decoder, rows)))
+        labels.append(torch.tensor([one.label for one in rows.samples]))
     contents.close()
     return torch.cat(images), torch.cat(labels)
+
+
+def _decode(decoder: Decoder, rows: Rows, chosen: Sequence[int]) -> Tensor:
+    samples = [rows.samples[row] for row in chosen]
+    flip = np.zeros(len(samples), np.bool_)
+    names = [one.name for one in samples]
+    return decoder.decode([one.image for one in samples], flip=flip, names=names).cpu()
+
+
+class InFileOrder:
+    """Samples by their place in the shards, one after another."""
+
+    def __init__(self, contents: Samples) -> None:
+        self._contents = contents
+        self._ends = np.cumsum(contents.sizes)
+
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """In the place of a bad one comes the next."""
+        place = (positions + attempts).numpy() % len(self._contents)
+        shard = np.searchsorted(self._ends, place, side="right")
+        first = self._ends[shard] - np.asarray(self._contents.sizes)[shard]
+        return self._contents.fetch(shard, place - first)

@@ -1,9 +1,11 @@
 """From a recipe to the parts of a run. Everything that can be wrong is refused here, before any rank."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
 from flows.errors import UserError
 from flows.models.dit import DiT, DiTConfig
@@ -12,7 +14,10 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
+from trainer.checkpoints.store import latest_whole
 from trainer.recipe import Recipe
+from trainer.run_folder import RunFolder
+from trainer.storage import reach_storage
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,18 @@ def model_config(recipe: Recipe) -> DiTConfig:
 
 
 def training_stream(recipe: Recipe) -> Stream:
-    """The endless global order of the training shards."""
-    data = recipe.data
+    """The endless global order of the training shards; of those a run began with, when it goes on."""
+    data, run = recipe.data, RunFolder(Path(recipe.run.dir))
+    begun = latest_whole(run.checkpoints) is not None
+    past = read_past(run.shards) if begun else None
+    reach_storage(recipe)
     return open_stream(
-        data.train, classes=data.classes, seed=recipe.seed, lanes=data.lanes, window=data.window
+        data.train,
+        classes=data.classes,
+        seed=recipe.seed,
+        lanes=data.lanes,
+        window=data.window,
+        tolerate=Tolerance(data.max_bad_fraction, run.quarantine, past),
     )
 
 

@@ -1,15 +1,19 @@
 """The newest checkpoint of a run, judged against real images."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.faults import PastShard, Tolerance, read_past
 from data_pipeline.loader import read_all
 from flows.errors import UserError
 from trainer.evaluation import Evaluation, evaluate
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.sampling import Samples, sample_checkpoint
+from trainer.storage import reach_storage
 
 DECODED_AT_ONCE = 256
 
@@ -25,15 +29,18 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (
-        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
-    )
+    reach_storage(recipe)
+    train = _images(recipe, recipe.data.train, read_past(run.shards))
+    heldout = _images(recipe, recipe.data.heldout, None)
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
-def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
-    """All images and labels of `shards`, decoded as the training decodes them."""
+def _images(recipe: Recipe, shards: str, past: Sequence[PastShard] | None) -> tuple[Tensor, Tensor]:
+    """All images and labels of `shards`, decoded as the training decodes them.
+
+    past: the shards as the training began with them
+    """
     data = recipe.data
     decoder = open_decoder(
         data.decoder,
@@ -43,6 +50,13 @@ def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
         device=torch.device("cpu"),
     )
     try:
-        return read_all(shards, decoder, classes=data.classes, limit=None, batch=DECODED_AT_ONCE)
+        return read_all(
+            shards,
+            decoder,
+            classes=data.classes,
+            limit=None,
+            batch=DECODED_AT_ONCE,
+            tolerate=Tolerance(data.max_bad_fraction, None, past),
+        )
     finally:
         decoder.close()

@@ -86,6 +86,7 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
         norm=norm,
         skip=skip,
         stop=stop,
+        bad=loader.bad_samples,
         host={
             "lr": rate,
             "data_wait_seconds": loader.wait_seconds,

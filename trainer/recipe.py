@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from data_pipeline.credentials import check_address, check_options
 from flows.errors import UserError
 from trainer.refusals import refusals
 from trainer.yaml_text import parse_yaml, read_yaml
@@ -53,6 +54,30 @@ class RunSection(Section):
     dir: Text = Field(description="folder of this run; a checkpoint in it is resumed")
 
 
+class StorageSection(Section):
+    """How shards are reached. Credentials come from the environment: no recipe holds a secret."""
+
+    options: dict[str, dict[str, Any]] = Field(
+        {},
+        description="protocol -> options of its fsspec driver, as s3: {endpoint_url: ...}; what may "
+        "be secret is written env:VARIABLE",
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="a request that takes longer is sent again"
+    )
+    attempts: Positive = Field(6, description="times a request is sent, with growing pauses")
+    requests: Positive = Field(16, description="requests in flight a rank")
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _no_secrets(cls, options: Any) -> Any:
+        """Checked first, and by itself, for other messages would show the value."""
+        if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+            raise ValueError("not options by protocol; write s3: {endpoint_url: ...} or the like")
+        check_options(options)
+        return options
+
+
 class DataSection(Section):
     train: Text = Field(description="shards to train on: a path or URL with {00..07} braces or *")
     heldout: Text | None = Field(None, description="shards kept for evaluation")
@@ -68,6 +93,21 @@ class DataSection(Section):
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     prefetch: Positive = Field(2, description="batches decoded ahead of the step")
     threads: Positive = Field(2, description="decoding threads a rank")
+    storage: StorageSection = StorageSection()
+    cache_dir: str | None = Field(
+        None, description="local folder for blocks of remote shards, shared by a machine's ranks"
+    )
+    cache_bytes: Positive = Field(64 * 2**30, description="most that data.cache_dir holds")
+    max_bad_fraction: Fraction = Field(
+        0.0, description="bad samples an epoch, and shards, that are replaced or left out; 0: none"
+    )
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _no_secrets_in_addresses(cls, address: str | None) -> str | None:
+        if address is not None:
+            check_address(address)
+        return address
 
     @property
     def names(self) -> list[str]:

@@ -35,6 +35,16 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def quarantine(self) -> Path:
+        """Bad samples and shards, a line each."""
+        return self.root / "quarantine.jsonl"
+
+    @property
+    def shards(self) -> Path:
+        """The shards the run began with."""
+        return self.root / "shards.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

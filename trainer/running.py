@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
+from flows.errors import UserError
 from flows.models.dit import DiT, train_flops
 from parallel.clock import Clock
 from parallel.engines.native import NativeEngine, OptimizerFactory
@@ -79,11 +83,13 @@ def _train_rank(
         stack.enter_context(locked(run))
     parts = assemble(made, run, ranks, Quiet())
     stack.callback(parts.loader.close)
+    _agree(made, ranks)
     first = _restore(parts)
     if ranks.is_first:
         report = stack.enter_context(_reporting(run, recipe, ranks, progress))
         report.resume(first)
         parts = replace(parts, report=report)
+        _remember(made, run, report)
     if first:
         parts.report.note(f"resuming {run.root} from step {first}")
         for change in changed:
@@ -117,6 +123,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         flops=train_flops(made.model),
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
+        budget=Budget(recipe.data.max_bad_fraction, made.stream.samples),
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
@@ -159,6 +166,27 @@ def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory
         weight_decay=section.weight_decay,
         device=device,
     )
+
+
+def _agree(made: Plan, ranks: Ranks) -> None:
+    """Raises UserError, on every rank, where they do not all see the same shards."""
+    seen: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(seen, made.stream.fingerprint)
+    if other := next((rank for rank, mark in enumerate(seen) if mark != seen[0]), None):
+        raise UserError(
+            f"rank {other} sees other shards in data.train = {made.recipe.data.train} than rank 0; make them "
+            "the same on all machines, or repair what one of them cannot index, and start again"
+        )
+
+
+def _remember(made: Plan, run: RunFolder, report: Quiet) -> None:
+    """Write down the shards that this run has, so that a resume has the same, and those left out."""
+    past = made.stream.contents.past
+    write_past(run.shards, past)
+    left_out = [shard for shard in past if shard.left_out is not None]
+    Quarantine(run.quarantine).add_shards(left_out)
+    if left_out:
+        report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
 
 
 def _restore(parts: Parts) -> int:

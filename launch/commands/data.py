@@ -46,7 +46,9 @@ def pack(
 ) -> None:
     """Write images into shards; the same source gives the same bytes."""
     from data_pipeline import pack as packer
+    from trainer.storage import reach_plain_storage
 
+    reach_plain_storage()
     samples = packer.open_source(source, label_field=label_field, caption_field=caption_field)
     try:
         written = packer.pack(
@@ -68,18 +70,28 @@ def pack(
 
 @app.command()
 def index(pattern: Pattern, as_json: Json = False) -> None:
-    """Store where every sample lies, beside each shard, so that no run has to look for itself."""
-    from data_pipeline.index import write_index
-    from data_pipeline.shards import expand
+    """Store where every sample lies, in one file beside the shards, so that no run has to look for itself.
 
-    places = {url: write_index(url) for url in expand(pattern)}
+    Only new and changed shards are read. Exit code 1 if some could not be indexed.
+    """
+    from data_pipeline.indexes import update_catalogs
+    from trainer.storage import reach_plain_storage
+
+    reach_plain_storage()
+    updated = update_catalogs(pattern)
     if as_json:
-        _print_json(places)
-        return
-    table = Table("shard", "index", title=f"{len(places)} indexes")
-    for url, place in places.items():
-        table.add_row(url, place)
-    Console().print(table)
+        _print_json(asdict(updated))
+    else:
+        table = Table("what", "value", title=pattern)
+        for file in updated.files:
+            table.add_row("index", file)
+        table.add_row("shards indexed now", f"{updated.made:,}")
+        table.add_row("indexed already", f"{updated.kept:,}")
+        table.add_row("problems", f"{len(updated.problems):,}")
+        Console().print(table)
+        _print_problems(updated.problems)
+    if updated.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -95,9 +107,11 @@ def verify(
 ) -> None:
     """Decode every sample; exit code 1 if anything is wrong with any."""
     from data_pipeline import verify as verifier
+    from trainer.storage import reach_plain_storage
 
     if picture is not None:
         check_picture("--picture", picture)
+    reach_plain_storage()
     report = verifier.verify(pattern, classes=classes)
     if as_json:
         _print_json(vars(report))
@@ -121,12 +135,15 @@ def _print_report(pattern: str, report: "Report") -> None:
         table.add_row(f"class {label}", f"{count:,}")
     table.add_row("problems", f"{len(report.problems):,}")
     console.print(table)
-    for problem in report.problems[:SHOWN_PROBLEMS]:
+    _print_problems(report.problems)
+
+
+def _print_problems(problems: list[str]) -> None:
+    console = Console()
+    for problem in problems[:SHOWN_PROBLEMS]:
         console.print(problem, style="red", markup=False, highlight=False)
-    if len(report.problems) > SHOWN_PROBLEMS:
-        console.print(
-            f"... and {len(report.problems) - SHOWN_PROBLEMS} more; --json lists them all"
-        )
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"... and {len(problems) - SHOWN_PROBLEMS} more; --json lists them all")
 
 
 def _print_json(value: object) -> None:

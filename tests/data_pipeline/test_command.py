@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_pipeline.index import SUFFIX
+from data_pipeline.catalog import NAME
 from flows.errors import UserError
 from launch.commands.data import app
 from tests.data_pipeline.conftest import grey, sample, write_tar
@@ -31,8 +31,9 @@ def test_pack_index_verify(tmp_path):
     written = json.loads(run("pack", "sklearn:digits", folder, *words, "--json"))
     assert [shard["samples"] for shard in written] == [800, 800, 100, 97]
     assert all(Path(shard["path"]).stat().st_size == shard["bytes"] for shard in written)
-    places = json.loads(run("index", f"{folder}/*.tar", "--json"))
-    assert all(place == url + SUFFIX and Path(place).is_file() for url, place in places.items())
+    indexed = json.loads(run("index", f"{folder}/*.tar", "--json"))
+    assert indexed == {"files": [f"{folder}/{NAME}"], "made": 4, "kept": 0, "problems": []}
+    assert json.loads(run("index", f"{folder}/*.tar", "--json"))["kept"] == 4
     picture = tmp_path / "grid.png"
     report = json.loads(
         run("verify", f"{folder}/*.tar", "--classes", "10", "--json", "--picture", str(picture))
