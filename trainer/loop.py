@@ -54,6 +54,7 @@ def train(parts: Parts, first: int) -> int:
     recipe, telemetry = parts.recipe, parts.telemetry
     last = recipe.train.steps
     with stop_requested() as stop:
+        telemetry.restart_clock()
         for done in range(first + 1, last + 1):
             one_step(parts, done - 1, stop.is_set())
             ending = telemetry.stop_agreed or done == last
