@@ -63,7 +63,7 @@ def open_index(url: str, known: Facts | None = None) -> ShardIndex:
     known = known or look_at(url)
     stored = cached_at(url)
     with contextlib.suppress(OSError):
-        if index := decode(stored.read_bytes(), url, signature_of(known)):
+        if (index := decode(stored.read_bytes(), url, signature_of(known))) is not None:
             return index
     index = make_index(url, known)
     # The index is in hand; a cache that cannot be written costs the next run a scan, no more.
@@ -84,8 +84,11 @@ def look_at(url: str) -> Facts:
 
 def make_index(url: str, known: Facts) -> ShardIndex:
     """The index of a shard, from what `wds2idx` has left beside it or else from its headers."""
-    members = import_idx(url, known)
-    return scan(url) if members is None else _gather(url, members)
+    # Whatever is wrong with that file, the shard's own headers have the last word.
+    with contextlib.suppress(UserError):
+        if (members := import_idx(url, known)) is not None:
+            return _gather(url, members)
+    return scan(url)
 
 
 def scan(url: str) -> ShardIndex:

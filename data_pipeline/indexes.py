@@ -81,7 +81,9 @@ class Indexes:
         if (made := self._made.pop(url, None)) is not None:
             return made
         known = look_at(url)
-        index = self._from_catalog(url, known) or open_index(url, known)
+        index = self._from_catalog(url, known)
+        if index is None:
+            index = open_index(url, known)
         if len(index) != self.samples.get(url, len(index)):
             raise UserError(
                 f"{url}: has {len(index)} samples and had {self.samples[url]} when the run began; put "

@@ -154,12 +154,14 @@ def _look(name: str) -> Facts | None:
 
 
 def _stat(path: str) -> Facts | None:
-    """The facts of a local file, None if it is not there."""
+    """The facts of a local file, None if it is not there. Raises UserError for a folder."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a hundred thousand of them in a moment
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return None if S_ISDIR(status.st_mode) else Facts(status.st_size, str(status.st_mtime))
+    if S_ISDIR(status.st_mode):
+        raise UserError(f"{path} is a folder; name the shards in it, as in {path}/*.tar")
+    return Facts(status.st_size, str(status.st_mtime))
 
 
 def locate_embedded(name: str) -> str:

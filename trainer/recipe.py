@@ -97,7 +97,9 @@ class DataSection(Section):
     cache_dir: str | None = Field(
         None, description="local folder for blocks of remote shards, shared by a machine's ranks"
     )
-    cache_bytes: Positive = Field(64 * 2**30, description="most that data.cache_dir holds")
+    cache_bytes: Annotated[int, Field(ge=1)] = Field(
+        64 * 2**30, description="most that data.cache_dir holds"
+    )
     max_bad_fraction: Fraction = Field(
         0.0, description="bad samples an epoch, and shards, that are replaced or left out; 0: none"
     )
