@@ -1,11 +1,11 @@
-"""Batches ahead of the step: a thread reads and decodes, the trainer takes; the state is one
+"""Batches ahead of the step: one thread reads, one decodes, the trainer takes; the state is one
 position."""
 
-import queue
-import threading
+import itertools
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,15 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import draw_flips
+from data_pipeline.augment import Augment, Size, Views, centre_views, draw_views
 from data_pipeline.decode.decoder import Decoder
+from data_pipeline.decode.images import Picture, read_pictures
 from data_pipeline.samples import Samples
+from data_pipeline.stage import Stage
 from data_pipeline.stream import Stream
 from flows.batch import Batch
 from flows.errors import UserError
 
-# How long a thread that waits for room in the queue takes to notice that it shall stop.
-POLL_SECONDS = 0.05
+
+@dataclass(frozen=True)
+class Undecoded:
+    """A batch that has been read, and all that decides what it will look like."""
+
+    pictures: list[Picture]
+    views: Views
+    labels: Tensor
+    positions: Tensor
 
 
 class Share:
@@ -32,11 +41,12 @@ class Share:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         device: torch.device,
     ) -> None:
         if not 0 <= rank < ranks <= batch:
@@ -46,75 +56,49 @@ class Share:
             )
         self.stream = stream
         self.decoder = decoder
+        self.size = size
+        self.augment = augment
         self.seed = seed
         self.batch = batch
         self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
-        self.flip = flip
         self.device = device
 
-    def load(self, start: int) -> Batch:
+    def read(self, start: int) -> Undecoded:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
+        positions = torch.arange(start + self.first, start + self.end)
+        encoded = self.stream.read(positions)
+        pictures = read_pictures(encoded.images, encoded.names)
+        sizes = [picture.size for picture in pictures]
+        views = draw_views(sizes, self.size, self.augment, seed=self.seed, positions=positions)
+        return Undecoded(pictures, views, torch.from_numpy(encoded.labels), positions)
+
+    def decode(self, read: Undecoded) -> Batch:
         if self.device.type == "cuda":
             # A new thread begins on device 0, whichever device this rank has.
             torch.cuda.set_device(self.device)
-        positions = torch.arange(start + self.first, start + self.end)
-        encoded = self.stream.read(positions)
-        flip = draw_flips(positions, seed=self.seed, probability=self.flip)
-        image = self.decoder.decode(encoded.images, flip=flip, names=encoded.names)
-        parts = [image, torch.from_numpy(encoded.labels), positions]
+        image = self.decoder.decode(read.pictures, read.views)
+        parts = [image, read.labels, read.positions]
         if self.device.type == "cuda":
-            parts = [part if part.is_cuda else part.pin_memory() for part in parts]
+            parts = [
+                part if part.is_cuda or part.is_pinned() else part.pin_memory() for part in parts
+            ]
         return Batch(*parts)
 
 
 class Ahead:
-    """A thread that loads batches from a position on: `prefetch` in the queue and one in hand."""
+    """Batches from position `start` on: up to `prefetch` read, and as many decoded, before they are
+    asked for."""
 
     def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
-        self._share = share
-        self._start = start
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        self._thread.start()
-
-    @property
-    def depth(self) -> int:
-        return self._ready.qsize()
-
-    def take(self) -> Batch:
-        """The next batch; raises what loading it raised."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        starts = itertools.count(start, share.batch)
+        self.reading = Stage(lambda: share.read(next(starts)), depth=prefetch, name="reader")
+        self.decoding = Stage(
+            lambda: share.decode(self.reading.take()), depth=prefetch, name="decoder"
+        )
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        start = self._start
-        while not self._stopped.is_set():
-            item: Batch | BaseException
-            try:
-                item = self._share.load(start)
-            # Whatever it was belongs to the thread that waits for this batch.
-            except BaseException as error:  # noqa: BLE001
-                item = error
-            self._put(item)
-            if isinstance(item, BaseException):
-                return
-            start += self._share.batch
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+        self.reading.stop()
+        self.decoding.stop()
 
 
 class Loader:
@@ -125,7 +109,9 @@ class Loader:
 
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
-    queue_depth: batches that were ready when it was called
+    queue_depth: batches that were decoded when it was called
+    read_depth: batches that had been read then and still were to be decoded
+    redecoded: images so far that the decoder could decode only in a second way
 
     Raises UserError from `next` for a bad sample, naming it.
     """
@@ -135,11 +121,12 @@ class Loader:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         prefetch: int,
         device: torch.device,
     ) -> None:
@@ -147,17 +134,20 @@ class Loader:
         self.share = Share(
             stream,
             decoder,
+            size=size,
+            augment=augment,
             seed=seed,
             batch=batch,
             rank=rank,
             ranks=ranks,
-            flip=flip,
             device=device,
         )
         self.prefetch = prefetch
         self.position = 0
         self.wait_seconds = 0.0
         self.queue_depth = 0
+        self.read_depth = 0
+        self.redecoded = 0
         self._ahead: Ahead | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
 
@@ -170,13 +160,15 @@ class Loader:
             self._ahead = Ahead(self.share, start=self.position, prefetch=self.prefetch)
             # Also when the loader is forgotten, and before the interpreter goes down.
             self._stop = weakref.finalize(self, self._ahead.stop)
-        self.queue_depth = self._ahead.depth
+        self.queue_depth = self._ahead.decoding.ready
+        self.read_depth = self._ahead.reading.ready
         try:
-            batch = self._ahead.take()
+            batch = self._ahead.decoding.take()
         except BaseException:
             self._stop_ahead()
             raise
         self.position += self.share.batch
+        self.redecoded = self.share.decoder.redecoded
         self.wait_seconds = time.perf_counter() - began
         return batch
 
@@ -200,7 +192,7 @@ class Loader:
         self.position = int(state["position"])
 
     def close(self) -> None:
-        """Stop the thread, then close decoder and files."""
+        """Stop the threads, then close decoder and files."""
         self._stop_ahead()
         self.share.decoder.close()
         self.stream.close()
@@ -223,12 +215,13 @@ class Loader:
 
 
 def read_all(
-    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
+    pattern: str, decoder: Decoder, *, size: Size, classes: int, limit: int | None, batch: int
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
-    [-1, 1] and labels (samples,) on CPU
+    batch: images decoded at a time
+
+    Returns images (samples, channels, *size) in [-1, 1] and labels (samples,) on CPU
     """
     contents = Samples(pattern, classes=classes)
     counts = np.array(contents.sizes)
@@ -238,8 +231,9 @@ def read_all(
     for start in range(0, len(shard) if limit is None else min(limit, len(shard)), batch):
         part = slice(start, min(start + batch, limit or len(shard)))
         encoded = contents.read(shard[part], sample[part])
-        flip = np.zeros(len(encoded.images), np.bool_)
-        images.append(decoder.decode(encoded.images, flip=flip, names=encoded.names).cpu())
+        pictures = read_pictures(encoded.images, encoded.names)
+        views = centre_views([picture.size for picture in pictures], size)
+        images.append(decoder.decode(pictures, views).cpu())
         labels.append(torch.from_numpy(encoded.labels))
     contents.close()
     return torch.cat(images), torch.cat(labels)

@@ -25,7 +25,9 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (_images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout))
+    train, heldout = (
+        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
+    )
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
@@ -34,15 +36,16 @@ def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
     """All images and labels of `shards`, decoded as the training decodes them."""
     data = recipe.data
     decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=torch.device("cpu"),
+        data.decoder, channels=data.channels, threads=data.threads, device=torch.device("cpu")
     )
     try:
         return read_all(
-            shards, decoder, classes=data.classes, limit=None, batch=DECODED_AT_ONCE
+            shards,
+            decoder,
+            size=(data.image_size, data.image_size),
+            classes=data.classes,
+            limit=None,
+            batch=DECODED_AT_ONCE,
         )
     finally:
         decoder.close()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
 from flows.models.dit import DiT, train_flops
@@ -121,20 +122,17 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
     decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=device,
+        data.decoder, channels=data.channels, threads=data.threads, device=device
     )
     return Loader(
         made.stream,
         decoder,
+        size=(data.image_size, data.image_size),
+        augment=Augment(**data.augment.model_dump()),
         seed=made.recipe.seed,
         batch=made.recipe.train.batch,
         rank=rank,
         ranks=ranks,
-        flip=data.flip,
         prefetch=data.prefetch,
         device=device,
     )
