@@ -1,6 +1,7 @@
 """Batches ahead of the step: one thread reads, one decodes, the trainer takes; the state is one
 position."""
 
+import atexit
 import itertools
 import time
 import weakref
@@ -95,8 +96,11 @@ class Ahead:
         self.decoding = Stage(
             lambda: share.decode(self.reading.take()), depth=prefetch, name="decoder"
         )
+        # DALI too takes itself down when the interpreter ends, after what was registered later.
+        atexit.register(self.stop)
 
     def stop(self) -> None:
+        atexit.unregister(self.stop)
         self.reading.stop()
         self.decoding.stop()
 
@@ -158,7 +162,7 @@ class Loader:
         began = time.perf_counter()
         if self._ahead is None:
             self._ahead = Ahead(self.share, start=self.position, prefetch=self.prefetch)
-            # Also when the loader is forgotten, and before the interpreter goes down.
+            # Also when the loader is forgotten.
             self._stop = weakref.finalize(self, self._ahead.stop)
         self.queue_depth = self._ahead.decoding.ready
         self.read_depth = self._ahead.reading.ready
