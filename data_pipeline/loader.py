@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import Augment, Size, Views, centre_views, draw_views
-from data_pipeline.decode.decoder import Decoder
-from data_pipeline.decode.images import Picture, read_pictures
+from data_pipeline.augment import Augment, Size, Views, draw_views
+from data_pipeline.decode.decoder import Decoder, decode_middle
+from data_pipeline.decode.images import Picture
 from data_pipeline.samples import Samples
 from data_pipeline.stage import Stage
 from data_pipeline.stream import Stream
@@ -68,7 +68,7 @@ class Share:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
         positions = torch.arange(start + self.first, start + self.end)
         encoded = self.stream.read(positions)
-        pictures = read_pictures(encoded.images, encoded.names)
+        pictures = self.decoder.open(encoded.images, encoded.names)
         sizes = [picture.size for picture in pictures]
         views = draw_views(sizes, self.size, self.augment, seed=self.seed, positions=positions)
         return Undecoded(pictures, views, torch.from_numpy(encoded.labels), positions)
@@ -235,9 +235,7 @@ def read_all(
     for start in range(0, len(shard) if limit is None else min(limit, len(shard)), batch):
         part = slice(start, min(start + batch, limit or len(shard)))
         encoded = contents.read(shard[part], sample[part])
-        pictures = read_pictures(encoded.images, encoded.names)
-        views = centre_views([picture.size for picture in pictures], size)
-        images.append(decoder.decode(pictures, views).cpu())
+        images.append(decode_middle(decoder, encoded.images, encoded.names, size).cpu())
         labels.append(torch.from_numpy(encoded.labels))
     contents.close()
     return torch.cat(images), torch.cat(labels)

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from data_pipeline.augment import Views
 from data_pipeline.decode.finish import HALF, finish
-from data_pipeline.decode.images import BadImages, Picture
+from data_pipeline.decode.images import BadImages, Picture, read_pictures
 from data_pipeline.decode.pillow import PillowDecoder
 
 
@@ -43,6 +43,9 @@ class DaliDecoder:
         self._largest = 0
         # Copies out of DALI's memory do not queue behind the training step's work.
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+
+    def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        return read_pictures(contents, names)
 
     def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
         mine = [place for place, picture in enumerate(pictures) if self._takes(picture)]

@@ -6,20 +6,29 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import Views
+from data_pipeline.augment import Size, Views, centre_views
 from data_pipeline.decode.images import Picture
 from data_pipeline.decode.pillow import PillowDecoder
 from flows.errors import UserError
 
 
 class Decoder(Protocol):
-    """Image files to one tensor.
+    """Image files to one tensor, in two steps: what is seen may depend on sizes.
 
     redecoded: images so far that it could decode only in a second way
     """
 
     name: str
     redecoded: int
+
+    def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        """What the headers of image files say, quickly and with nothing decoded; for any thread.
+
+        names: what to call each image in a message
+
+        Raises BadImages naming all that are damaged or of a kind not read.
+        """
+        ...
 
     def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
         """(batch, channels, *views.size) float32 in [-1, 1].
@@ -58,6 +67,14 @@ def open_decoder(
 
         return DaliDecoder(channels=channels, threads=threads, device=device)
     return PillowDecoder(channels=channels, threads=threads, pinned=device.type == "cuda")
+
+
+def decode_middle(
+    decoder: Decoder, contents: Sequence[bytes], names: Sequence[str], size: Size
+) -> Tensor:
+    """(batch, channels, *size): the middle of each image, as little cut off as `size` allows."""
+    pictures = decoder.open(contents, names)
+    return decoder.decode(pictures, centre_views([picture.size for picture in pictures], size))
 
 
 def dali_installed() -> bool:

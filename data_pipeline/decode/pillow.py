@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.augment import Views
 from data_pipeline.decode.finish import Buffers, Pixels, finish
-from data_pipeline.decode.images import PLAIN, BadImages, Picture, load
+from data_pipeline.decode.images import PLAIN, BadImages, Picture, load, read_pictures
 from flows.errors import UserError
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
@@ -32,6 +32,9 @@ class PillowDecoder:
         self.threads = threads
         self.buffers = Buffers(pinned=pinned)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        return read_pictures(contents, names)
 
     def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
         batch = self.buffers.take((len(pictures), self.channels, *views.size))
