@@ -14,6 +14,7 @@ batches each sample was seen E times, give or take that many batches of its buck
 import bisect
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +42,16 @@ def make_buckets(side: int, *, multiple: int, widest: float) -> tuple[Size, ...]
 def assign(sizes: NDArray[np.integer], buckets: Sequence[Size]) -> NDArray[np.uint8]:
     """(samples,) the bucket of the nearest aspect, by ratio, of images of (samples, 2) height, width.
 
-    A number in `sizes` is exact and so is the comparison: of two as near, the first bucket.
+    buckets: tall to wide; of two as near, an image goes to the wider one
+
+    The limit between neighbours is the geometric mean of their aspects, and images are compared
+    with it as whole numbers, so that no machine puts one elsewhere.
     """
-    shapes = np.array(buckets, np.float64)
-    wanted = np.log(shapes[:, 1] / shapes[:, 0])
-    found = np.log(sizes[:, 1] / sizes[:, 0])
-    return np.abs(found[:, None] - wanted).argmin(1).astype(np.uint8)
+    height, width = np.asarray(sizes, np.int64).T
+    assigned = np.zeros(len(sizes), np.uint8)
+    for taller, wider in pairwise(buckets):
+        assigned += width**2 * (taller[0] * wider[0]) >= height**2 * (taller[1] * wider[1])
+    return assigned
 
 
 class BucketedOrder:
@@ -111,15 +116,14 @@ def deal(number: int, counts: Sequence[int]) -> tuple[int, int]:
         # No bucket is ever this many batches away from its share.
         near = number * count // total
         turns = range(max(near - len(counts), 0), near + len(counts) + 2)
-        turn = turns.start + bisect.bisect_left(
-            turns, number, key=lambda turn, bucket=bucket: _before(bucket, turn, counts)
-        )
-        if _before(bucket, turn, counts) == number:
+        before = partial(_before, bucket, counts=counts)
+        turn = turns.start + bisect.bisect_left(turns, number, key=before)
+        if before(turn) == number:
             return bucket, turn
     raise AssertionError(f"no bucket has batch {number} of {list(counts)}")
 
 
-def _before(bucket: int, turn: int, counts: Sequence[int]) -> int:
+def _before(bucket: int, turn: int, *, counts: Sequence[int]) -> int:
     """Batches before batch `turn` of `bucket`: those due earlier, or at its time in a bucket before."""
     count = counts[bucket]
     earlier = 0
