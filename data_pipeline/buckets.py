@@ -20,9 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.augment import Size
+from data_pipeline.decode.images import read_pictures
 from data_pipeline.order import Int64, Located, Order
+from data_pipeline.samples import Samples
 
 KEPT_BATCHES = 16
+READ_AT_ONCE = 256
 
 
 def make_buckets(side: int, *, multiple: int, widest: float) -> tuple[Size, ...]:
@@ -37,6 +40,19 @@ def make_buckets(side: int, *, multiple: int, widest: float) -> tuple[Size, ...]
         if height <= width <= widest * height:
             wide.add((height, width))
     return tuple(sorted(wide | {(width, height) for height, width in wide}, key=_aspect))
+
+
+def read_sizes(contents: Samples, shard: int) -> Int64:
+    """(samples, 2) height and width, upright, of the images of a shard, by their headers.
+
+    Raises BadImages for those that are damaged or of a kind not read.
+    """
+    sizes = []
+    for start in range(0, contents.sizes[shard], READ_AT_ONCE):
+        rows = np.arange(start, min(start + READ_AT_ONCE, contents.sizes[shard]))
+        encoded = contents.read(np.full_like(rows, shard), rows)
+        sizes += [picture.size for picture in read_pictures(encoded.images, encoded.names)]
+    return np.array(sizes, np.int64).reshape(-1, 2)
 
 
 def assign(sizes: NDArray[np.integer], buckets: Sequence[Size]) -> NDArray[np.uint8]:

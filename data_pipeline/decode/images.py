@@ -14,7 +14,6 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from flows.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
 # Eight bits of grey or of red, green, blue: what all decoders read to the same bits.
 PLAIN = ("L", "RGB")
 # A quarter of a gigabyte as RGB, and the size above which pillow suspects an image bomb.
@@ -69,12 +68,12 @@ class Picture(NamedTuple):
 class BadImages(UserError):
     """Some images of a batch cannot be decoded; the message is about the first of them.
 
-    errors: place in the batch -> what is wrong with that image
+    errors: place in the batch, ascending -> what is wrong with that image
     """
 
     def __init__(self, errors: Mapping[int, UserError]) -> None:
         super().__init__(str(errors[min(errors)]))
-        self.errors = dict(errors)
+        self.errors = dict(sorted(errors.items()))
 
 
 def read_pictures(contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
@@ -123,15 +122,11 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
             "header; replace or remove it"
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(name, "more than twice that") from error
+        raise _too_large(name) from error
     except DAMAGE as error:
         raise _damaged(name, content, error) from error
     if image.width * image.height > MOST_PIXELS:
-        raise _too_large(name, f"{image.width} x {image.height}")
-    if image.mode not in MODES:
-        raise UserError(
-            f"{name}: an image of mode {image.mode} is not read; convert it to 8-bit grey or RGB"
-        )
+        raise _too_large(name)
     # A photograph with smaller versions of itself behind it is also several images: its first.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise UserError(f"{name}: its image is an animation; keep one frame of it, or remove it")
@@ -157,10 +152,10 @@ def _damaged(name: str, content: bytes, error: Exception) -> UserError:
     )
 
 
-def _too_large(name: str, size: str) -> UserError:
+def _too_large(name: str) -> UserError:
     return UserError(
-        f"{name}: an image of {size} pixels is not read, as it would fill the memory; the limit is "
-        f"{MOST_PIXELS:,} pixels, so scale it down before packing"
+        f"{name}: its image has more than {MOST_PIXELS:,} pixels and would fill the memory; scale it "
+        "down before packing, or remove it"
     )
 
 

@@ -95,7 +95,7 @@ def to_plain(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)
         return Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey))
-    if image.mode in ("LA", "PA", "RGBA") or clear is not None:
+    if image.mode in ("LA", "RGBA") or clear is not None:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode in PLAIN else image.convert("RGB")

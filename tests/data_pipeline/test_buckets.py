@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_pipeline.augment import centre_views
-from data_pipeline.buckets import BucketedOrder, assign, deal, make_buckets
+from data_pipeline.buckets import BucketedOrder, assign, deal, make_buckets, read_sizes
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.decode.images import read_pictures
-from tests.data_pipeline.conftest import image_file
+from data_pipeline.samples import Samples
+from tests.data_pipeline.conftest import image_file, write_tar
 
 counts = st.lists(st.integers(1, 10**9), min_size=1, max_size=8)
 
@@ -124,6 +126,21 @@ def test_images_go_to_the_nearest_aspect():
     buckets = ((32, 16), (24, 24), (16, 32))
     sizes = np.array([[4000, 2000], [300, 300], [10, 1000], [100, 141], [100, 142], [141, 100]])
     assert assign(sizes, buckets).tolist() == [0, 1, 2, 1, 2, 1]
+
+
+def test_sizes_are_read_from_headers(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    shapes = [(20, 50), (50, 20), (30, 31)]
+    files = [image_file(np.zeros(shape, np.uint8), "JPEG") for shape in shapes]
+    files.append(image_file(np.zeros((8, 24), np.uint8), "JPEG", exif=turned))
+    members = [m for n, file in enumerate(files) for m in ((f"{n}.jpg", file), (f"{n}.cls", b"1"))]
+    write_tar(tmp_path / "a.tar", members[:2])
+    write_tar(tmp_path / "b.tar", members[2:])
+    contents = Samples(f"{tmp_path}/*.tar", classes=None)
+    assert read_sizes(contents, 0).tolist() == [[20, 50]]
+    assert read_sizes(contents, 1).tolist() == [[50, 20], [30, 31], [24, 8]]
+    contents.close()
 
 
 def test_a_batch_is_decoded_at_the_shape_of_its_bucket():
