@@ -57,6 +57,7 @@ class Replay:
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = itertools.cycle(batches)
         self.wait_seconds, self.queue_depth = 0.0, len(batches)
+        self.read_depth = self.redecoded = 0
 
     def __next__(self) -> Batch:
         return next(self._batches)

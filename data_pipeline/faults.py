@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from data_pipeline.decode.images import BadImages
 from flows.errors import UserError
 
 T = TypeVar("T")
@@ -134,28 +135,22 @@ class Rows:
     def apply(self, use: Callable[[Sequence[int]], T]) -> T:
         """What `use` makes of all rows, once none is left that it cannot use.
 
-        use: rows -> anything; raises UserError for a damaged image among them
+        use: rows -> anything; raises BadImages for the damaged images among them
         """
         every = range(len(self._samples))
         while True:
             try:
                 return use(every)
-            except UserError:
+            except BadImages as error:
                 if not self._tolerant:
                     raise
-                if not (wrong := self._useless(use)):
-                    raise
+                samples = self.samples
+                wrong = {
+                    row: BadSample(str(why), url=samples[row].url, key=samples[row].key)
+                    for row, why in error.errors.items()
+                }
             self._replace(wrong)
             self._replace_unreadable()
-
-    def _useless(self, use: Callable[[Sequence[int]], T]) -> dict[int, BadSample]:
-        wrong = {}
-        for row, sample in enumerate(self.samples):
-            try:
-                use([row])
-            except UserError as error:
-                wrong[row] = BadSample(str(error), url=sample.url, key=sample.key)
-        return wrong
 
     def _replace_unreadable(self) -> None:
         while wrong := {r: s for r, s in enumerate(self._samples) if isinstance(s, BadSample)}:

@@ -1,7 +1,8 @@
-"""Batches ahead of the step: a thread reads and decodes, the trainer takes; the state is one
+"""Batches ahead of the step: one thread reads, one decodes, the trainer takes; the state is one
 position."""
 
-import queue
+import atexit
+import itertools
 import threading
 import time
 import weakref
@@ -13,21 +14,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.augment import draw_flips
-from data_pipeline.decode.decoder import Decoder
+from data_pipeline.augment import Augment, Size, Views, draw_views
+from data_pipeline.decode.decoder import Decoder, decode_middle
+from data_pipeline.decode.images import Picture
 from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
 from data_pipeline.samples import Samples
+from data_pipeline.stage import Stage
 from data_pipeline.stream import Stream
 from flows.batch import Batch
 from flows.errors import UserError
 
-# How long a thread that waits for room in the queue takes to notice that it shall stop.
-POLL_SECONDS = 0.05
 # Batches whose bytes are on their way while this one is decoded. Remote neighbours come in one request.
 LOOKAHEAD = 4
+
+
+@dataclass(frozen=True)
+class Undecoded:
+    """A batch that has been read.
+
+    rows: its samples, which may still be replaced
+    pictures: their headers as they were read
+    """
+
+    rows: Rows
+    pictures: list[Picture]
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,12 @@ class Share:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         device: torch.device,
     ) -> None:
         if not 0 <= rank < ranks <= batch:
@@ -60,99 +74,90 @@ class Share:
             )
         self.stream = stream
         self.decoder = decoder
+        self.size = size
+        self.augment = augment
         self.seed = seed
         self.batch = batch
         self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
-        self.flip = flip
         self.device = device
+        # The thread that decodes reads too, where it has to replace what cannot be decoded.
+        self._reading = threading.Lock()
         # Where the next batch begins if nobody goes elsewhere, and up to where all is named.
         self._next = self._named = -1
 
-    def load(self, start: int) -> Loaded:
+    def read(self, start: int) -> Undecoded:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
+        self._look_ahead(start)
+        positions = self._positions(start)
+        rows = Rows(self, positions, tolerant=not self.stream.tolerate.strict)
+        return Undecoded(rows, rows.apply(partial(self._open, rows)), positions)
+
+    def decode(self, read: Undecoded) -> Loaded:
         if self.device.type == "cuda":
             # A new thread begins on device 0, whichever device this rank has.
             torch.cuda.set_device(self.device)
-        self._look_ahead(start)
-        positions = self._positions(start)
-        flip = draw_flips(positions, seed=self.seed, probability=self.flip)
-        rows = Rows(self.stream, positions, tolerant=not self.stream.tolerate.strict)
-
-        image = rows.apply(lambda chosen: self._decode(rows, chosen, flip))
-        labels = torch.tensor([one.label for one in rows.samples])
-        parts = [image, labels, positions]
+        image = read.rows.apply(partial(self._decode, read))
+        labels = torch.tensor([one.label for one in read.rows.samples])
+        parts = [image, labels, read.positions]
         if self.device.type == "cuda":
-            parts = [part if part.is_cuda else part.pin_memory() for part in parts]
-        return Loaded(Batch(*parts), rows.bad)
+            parts = [
+                part if part.is_cuda or part.is_pinned() else part.pin_memory() for part in parts
+            ]
+        return Loaded(Batch(*parts), read.rows.bad)
 
-    def _decode(self, rows: Rows, chosen: Sequence[int], flip: NDArray[np.bool_]) -> Tensor:
-        samples = [rows.samples[row] for row in chosen]
-        images, names = [one.image for one in samples], [one.name for one in samples]
-        return self.decoder.decode(images, flip=flip[list(chosen)], names=names)
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """As the stream does, for the thread that reads and for the one that decodes."""
+        with self._reading:
+            return self.stream.fetch(positions, attempts)
+
+    def _open(self, rows: Rows, chosen: Sequence[int]) -> list[Picture]:
+        return self.decoder.open(*_files(rows, chosen))
+
+    def _decode(self, read: Undecoded, chosen: Sequence[int]) -> Tensor:
+        pictures, samples = read.pictures, read.rows.samples
+        if all(pictures[row].content is samples[row].image for row in chosen):
+            pictures = [pictures[row] for row in chosen]
+        else:
+            pictures = self._open(read.rows, chosen)
+        return self.decoder.decode(pictures, self._views(pictures, read.positions[list(chosen)]))
+
+    def _views(self, pictures: Sequence[Picture], positions: Tensor) -> Views:
+        sizes = [picture.size for picture in pictures]
+        return draw_views(sizes, self.size, self.augment, seed=self.seed, positions=positions)
 
     def _positions(self, start: int) -> Tensor:
         return torch.arange(start + self.first, start + self.end)
 
     def _look_ahead(self, start: int) -> None:
         """Name what the next batches need, several at a time so that neighbours meet."""
-        if start != self._next:
-            self.stream.forget()
-            self._named = start
-        self._next = start + self.batch
-        if start >= self._named:
-            self._named = start + LOOKAHEAD * self.batch
-            starts = range(start, self._named, self.batch)
-            self.stream.expect(torch.cat([self._positions(one) for one in starts]))
+        with self._reading:
+            if start != self._next:
+                self.stream.forget()
+                self._named = start
+            self._next = start + self.batch
+            if start >= self._named:
+                self._named = start + LOOKAHEAD * self.batch
+                starts = range(start, self._named, self.batch)
+                self.stream.expect(torch.cat([self._positions(one) for one in starts]))
 
 
 class Ahead:
-    """A thread that loads batches from a position on: `prefetch` in the queue and one in hand."""
+    """Batches from position `start` on: up to `prefetch` read, and as many decoded, before they are
+    asked for."""
 
     def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
-        self._share = share
-        self._start = start
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(prefetch)
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        self._thread.start()
-
-    @property
-    def depth(self) -> int:
-        return self._ready.qsize()
-
-    def take(self) -> Loaded:
-        """The next batch; raises what loading it raised."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        starts = itertools.count(start, share.batch)
+        self.reading = Stage(lambda: share.read(next(starts)), depth=prefetch, name="reader")
+        self.decoding = Stage(
+            lambda: share.decode(self.reading.take()), depth=prefetch, name="decoder"
+        )
+        # DALI too takes itself down when the interpreter ends, after what was registered later.
+        atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        start = self._start
-        while not self._stopped.is_set():
-            item: Loaded | BaseException
-            try:
-                item = self._share.load(start)
-            # Whatever it was belongs to the thread that waits for this batch.
-            except BaseException as error:  # noqa: BLE001
-                item = error
-            self._put(item)
-            if isinstance(item, BaseException):
-                return
-            start += self._share.batch
-
-    def _put(self, item: Loaded | BaseException) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+        atexit.unregister(self.stop)
+        self.reading.stop()
+        self.decoding.stop()
 
 
 class Loader:
@@ -163,7 +168,9 @@ class Loader:
 
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
-    queue_depth: batches that were ready when it was called
+    queue_depth: batches that were decoded when it was called
+    read_depth: batches that had been read then and still were to be decoded
+    redecoded: images so far that the decoder could decode only in a second way
     bad_samples: samples of this rank's share of the last batch that were replaced
 
     Raises UserError from `next` for a bad sample, naming it, or for more of them than the stream
@@ -175,11 +182,12 @@ class Loader:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         prefetch: int,
         device: torch.device,
     ) -> None:
@@ -187,17 +195,20 @@ class Loader:
         self.share = Share(
             stream,
             decoder,
+            size=size,
+            augment=augment,
             seed=seed,
             batch=batch,
             rank=rank,
             ranks=ranks,
-            flip=flip,
             device=device,
         )
         self.prefetch = prefetch
         self.position = 0
         self.wait_seconds = 0.0
         self.queue_depth = 0
+        self.read_depth = 0
+        self.redecoded = 0
         self.bad_samples = 0
         self._budget = Budget(stream.tolerate.max_bad_fraction, stream.samples)
         self._quarantine = Quarantine(stream.tolerate.report)
@@ -211,11 +222,12 @@ class Loader:
         began = time.perf_counter()
         if self._ahead is None:
             self._ahead = Ahead(self.share, start=self.position, prefetch=self.prefetch)
-            # Also when the loader is forgotten, and before the interpreter goes down.
+            # Also when the loader is forgotten.
             self._stop = weakref.finalize(self, self._ahead.stop)
-        self.queue_depth = self._ahead.depth
+        self.queue_depth = self._ahead.decoding.ready
+        self.read_depth = self._ahead.reading.ready
         try:
-            loaded = self._ahead.take()
+            loaded = self._ahead.decoding.take()
             # Not when it was loaded: what is never taken has not been part of the run.
             self._quarantine.add_samples(loaded.bad)
             self._budget.add(self.position, len(loaded.bad))
@@ -223,6 +235,7 @@ class Loader:
             self._stop_ahead()
             raise
         self.position += self.share.batch
+        self.redecoded = self.share.decoder.redecoded
         self.bad_samples = len(loaded.bad)
         self.wait_seconds = time.perf_counter() - began
         return loaded.batch
@@ -247,7 +260,7 @@ class Loader:
         self.position = int(state["position"])
 
     def close(self) -> None:
-        """Stop the thread, then close decoder and files."""
+        """Stop the threads, then close decoder and files."""
         self._stop_ahead()
         self.share.decoder.close()
         self.stream.close()
@@ -273,6 +286,7 @@ def read_all(
     pattern: str,
     decoder: Decoder,
     *,
+    size: Size,
     classes: int,
     limit: int | None,
     batch: int,
@@ -282,7 +296,8 @@ def read_all(
 
     batch: images decoded at a time
     tolerate: where it allows bad samples, the next good one is taken once more; None: none
-    Returns images (samples, channels, image_size, image_size) in [-1, 1] and labels (samples,) on CPU
+
+    Returns images (samples, channels, *size) in [-1, 1] and labels (samples,) on CPU
     """
     contents = Samples(pattern, classes=classes, tolerate=tolerate)
     images, labels = [], []
@@ -292,17 +307,20 @@ def read_all(
         rows = Rows(
             InFileOrder(contents), positions, tolerant=bool(tolerate and not tolerate.strict)
         )
-        images.append(rows.apply(partial(_decode, decoder, rows)))
+        images.append(rows.apply(partial(_decode_middle, decoder, rows, size)))
         labels.append(torch.tensor([one.label for one in rows.samples]))
     contents.close()
     return torch.cat(images), torch.cat(labels)
 
 
-def _decode(decoder: Decoder, rows: Rows, chosen: Sequence[int]) -> Tensor:
-    samples = [rows.samples[row] for row in chosen]
-    flip = np.zeros(len(samples), np.bool_)
-    names = [one.name for one in samples]
-    return decoder.decode([one.image for one in samples], flip=flip, names=names).cpu()
+def _decode_middle(decoder: Decoder, rows: Rows, size: Size, chosen: Sequence[int]) -> Tensor:
+    return decode_middle(decoder, *_files(rows, chosen), size).cpu()
+
+
+def _files(rows: Rows, chosen: Sequence[int]) -> tuple[list[bytes], list[str]]:
+    """Image files and what to call them."""
+    samples = rows.samples
+    return [samples[row].image for row in chosen], [samples[row].name for row in chosen]
 
 
 class InFileOrder:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.decode.pillow import load
+from data_pipeline.decode.images import load, read_picture
 from data_pipeline.samples import Encoded, Samples
 from data_pipeline.shards import expand
 from flows.errors import UserError
@@ -78,7 +78,7 @@ def _note(encoded: Encoded, report: Report) -> None:
     report.labels.update(encoded.labels.tolist())
     report.bytes += len(encoded.images[0])
     try:
-        image = load(encoded.images[0], encoded.names[0])
+        image = load(read_picture(encoded.images[0], encoded.names[0]))
     except UserError as error:
         report.problems.append(str(error))
         return
@@ -98,7 +98,11 @@ def draw_grid(pattern: str, path: Path) -> None:
     side = (min(shown, GRID) * step + GAP, -(-shown // GRID) * step + GAP)
     grid = Image.new("RGB", side, "white")
     for number, (content, name) in enumerate(zip(encoded.images, encoded.names, strict=True)):
-        tile = load(content, name).convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
+        tile = (
+            load(read_picture(content, name))
+            .convert("RGB")
+            .resize((TILE, TILE), Image.Resampling.NEAREST)
+        )
         row, column = divmod(number, GRID)
         grid.paste(tile, (GAP + column * step, GAP + row * step))
     grid.save(path)

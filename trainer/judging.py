@@ -43,16 +43,13 @@ def _images(recipe: Recipe, shards: str, past: Sequence[PastShard] | None) -> tu
     """
     data = recipe.data
     decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=torch.device("cpu"),
+        data.decoder, channels=data.channels, threads=data.threads, device=torch.device("cpu")
     )
     try:
         return read_all(
             shards,
             decoder,
+            size=(data.image_size, data.image_size),
             classes=data.classes,
             limit=None,
             batch=DECODED_AT_ONCE,

@@ -30,6 +30,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Ratio = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
@@ -78,6 +80,30 @@ class StorageSection(Section):
         return options
 
 
+class AugmentSection(Section):
+    """How training images may be changed; all of it is decided by seed and place in the stream."""
+
+    crop: Literal["centre", "random"] = Field(
+        "centre", description="centre: all that fits of each image; random: a part of it"
+    )
+    scale: tuple[Share, Share] = Field(
+        (0.5, 1.0), description="random: smallest and largest share of the image's area"
+    )
+    aspect: tuple[Ratio, Ratio] = Field(
+        (0.75, 1.3333), description="random: smallest and largest width over height"
+    )
+    flip: Fraction = Field(0.0, description="probability of a horizontal flip")
+
+    @field_validator("scale", "aspect")
+    @classmethod
+    def _ascending(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(
+                "the larger of its two numbers comes first; write the smaller one first"
+            )
+        return bounds
+
+
 class DataSection(Section):
     train: Text = Field(description="shards to train on: a path or URL with {00..07} braces or *")
     heldout: Text | None = Field(None, description="shards kept for evaluation")
@@ -85,13 +111,15 @@ class DataSection(Section):
     channels: Literal[1, 3] = 3
     classes: Positive
     class_names: list[str] | None = Field(None, description="for pictures and tables")
-    flip: Fraction = Field(0.0, description="probability of a horizontal flip")
+    augment: AugmentSection = AugmentSection()
     lanes: Positive = Field(
         64, description="independent readers of the global order; fixes the order"
     )
     window: Positive = Field(256, description="samples shuffled together within a lane")
     decoder: Literal["auto", "dali", "pillow"] = "auto"
-    prefetch: Positive = Field(2, description="batches decoded ahead of the step")
+    prefetch: Positive = Field(
+        2, description="batches read, and as many decoded, ahead of the step"
+    )
     threads: Positive = Field(2, description="decoding threads a rank")
     storage: StorageSection = StorageSection()
     cache_dir: str | None = Field(

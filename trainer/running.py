@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
@@ -137,20 +138,17 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
     decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=device,
+        data.decoder, channels=data.channels, threads=data.threads, device=device
     )
     return Loader(
         made.stream,
         decoder,
+        size=(data.image_size, data.image_size),
+        augment=Augment(**data.augment.model_dump()),
         seed=made.recipe.seed,
         batch=made.recipe.train.batch,
         rank=rank,
         ranks=ranks,
-        flip=data.flip,
         prefetch=data.prefetch,
         device=device,
     )

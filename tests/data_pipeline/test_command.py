@@ -93,18 +93,21 @@ def test_asking_for_help_loads_nothing_heavy():
 def test_a_loader_left_open_does_not_hold_the_interpreter():
     code = """
 import torch
+from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
 from data_pipeline.stream import open_stream
 stream = open_stream("embedded:digits8/train-*.tar", classes=10, seed=0, lanes=4, window=8)
-decoder = open_decoder("auto", image_size=8, channels=1, threads=2, device=torch.device("cpu"))
-loader = Loader(stream, decoder, seed=0, batch=32, rank=0, ranks=1, flip=0.5, prefetch=2,
-                device=torch.device("cpu"))
+decoder = open_decoder("auto", channels=1, threads=2, device=torch.device("cpu"))
+augment = Augment("random", (0.5, 1.0), (0.8, 1.25), 0.5)
+loader = Loader(stream, decoder, size=(8, 8), augment=augment, seed=0, batch=32, rank=0, ranks=1,
+                prefetch=2, device=torch.device("cpu"))
 print(len(next(loader)))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=60
+        command, capture_output=True, text=True, env=environment, check=False, timeout=200
     )
     assert (done.returncode, done.stdout.strip()) == (0, "32"), done.stderr
+    assert not done.stderr

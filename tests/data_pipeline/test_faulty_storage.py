@@ -18,7 +18,7 @@ from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from tests.data_pipeline.conftest import image_file, reach, write_tar
 from tests.data_pipeline.faulty import Proxy, s3_server
-from tests.data_pipeline.test_loader import CPU, decoder
+from tests.data_pipeline.test_loader import CPU, FLIPPED, decoder
 
 RATES = {"503": 0.05, "cut": 0.02, "stall": 0.01}
 KEY = {"key": "flowmill-key", "secret": "flowmill-secret"}
@@ -66,8 +66,8 @@ def epoch(pattern, batches, *, ranks, batch=12):
     for rank in range(ranks):
         stream = open_stream(pattern, classes=10, seed=3, lanes=5, window=16)
         loader = Loader(
-            stream, decoder(size=24), seed=3, batch=batch, rank=rank, ranks=ranks, flip=0.5,
-            prefetch=2, device=CPU,
+            stream, decoder(), size=(24, 24), augment=FLIPPED, seed=3, batch=batch, rank=rank,
+            ranks=ranks, prefetch=2, device=CPU,
         )  # fmt: skip
         shares.append([next(loader) for _ in range(batches)])
         keys = stream.keys(torch.arange(batches * batch))

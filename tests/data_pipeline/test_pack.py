@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_pipeline.decode.pillow import load
+from data_pipeline.decode.images import load, read_picture
 from data_pipeline.pack import open_source, pack
 from data_pipeline.samples import Samples
 from data_pipeline.shards import expand
@@ -29,7 +29,7 @@ def decoded(url: str) -> tuple[np.ndarray, np.ndarray]:
     contents = Samples(url, classes=None)
     every = np.arange(len(contents))
     encoded = contents.read(np.zeros_like(every), every)
-    return np.stack([np.asarray(load(i, "")) for i in encoded.images]), encoded.labels
+    return np.stack([np.asarray(load(read_picture(i, ""))) for i in encoded.images]), encoded.labels
 
 
 @pytest.mark.parametrize(

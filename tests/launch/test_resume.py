@@ -18,7 +18,7 @@ SCIENCE = {
     "data.image_size": "16",
     "data.channels": "3",
     "data.classes": "11",
-    "data.flip": "0.5",
+    "data.augment.flip": "0.5",
     "data.lanes": "8",
     "data.window": "8",
     "model.name": "SiT-nano/2",
