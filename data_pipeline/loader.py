@@ -1,11 +1,12 @@
 """Batches ahead of the step: a thread reads and decodes, the trainer takes; the state is one
 position."""
 
+import math
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +16,18 @@ from torch import Tensor
 
 from data_pipeline.augment import draw_flips
 from data_pipeline.decode.decoder import Decoder
-from data_pipeline.samples import Samples
-from data_pipeline.stream import Stream
+from data_pipeline.keep import Keep
+from data_pipeline.stream import Stream, open_set
 from flows.batch import Batch
 from flows.errors import UserError
 
 # How long a thread that waits for room in the queue takes to notice that it shall stop.
 POLL_SECONDS = 0.05
+
+
+def share_of(batch: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and end of what `rank` reads of a global batch: rank * batch / ranks, rounded down."""
+    return batch * rank // ranks, batch * (rank + 1) // ranks
 
 
 class Share:
@@ -48,7 +54,7 @@ class Share:
         self.decoder = decoder
         self.seed = seed
         self.batch = batch
-        self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
+        self.first, self.end = share_of(batch, rank, ranks)
         self.flip = flip
         self.device = device
 
@@ -120,8 +126,8 @@ class Ahead:
 class Loader:
     """An endless iterator of this rank's share of each global batch.
 
-    Share of the batch of `batch` samples from position p: p + [rank * batch / ranks, (rank + 1) *
-    batch / ranks), rounded down. Reading starts with the first `next`.
+    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks).
+    Reading starts with the first `next`.
 
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
@@ -182,19 +188,19 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks."""
-        return {
-            "position": self.position,
-            "samples": self.stream.samples,
-            "fingerprint": self.stream.fingerprint,
-        }
+        return self.stream.state_at(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; raises UserError if it belongs to another order of samples."""
-        if state["fingerprint"] != self.stream.fingerprint:
+        if state != self.stream.state_at(int(state["position"])):
+            there, here = (
+                " + ".join(str(count) for count in counts)
+                for counts in (state["samples"], self.stream.samples)
+            )
             raise UserError(
-                f"the checkpoint was made with another stream of samples ({state['samples']} an "
-                f"epoch, here {self.stream.samples}); restore data.train, data.lanes, data.window "
-                "and seed, or start in a new run.dir"
+                f"the checkpoint was made with another stream of samples ({there} an epoch, here "
+                f"{here}); restore data.train, data.keep, data.lanes, data.window and seed, or start "
+                "in a new run.dir"
             )
         self._stop_ahead()
         self.position = int(state["position"])
@@ -223,23 +229,35 @@ class Loader:
 
 
 def read_all(
-    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
+    patterns: Sequence[str],
+    decoder: Decoder,
+    *,
+    keep: Keep,
+    classes: int,
+    limit: int | None,
+    batch: int,
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
-    [-1, 1] and labels (samples,) on CPU
+    keep: see `open_stream`
+    batch: images decoded at a time
+
+    Returns images (samples, channels, image_size, image_size) in [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes)
-    counts = np.array(contents.sizes)
-    shard = np.repeat(np.arange(len(counts)), counts)
-    sample = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
     images, labels = [], []
-    for start in range(0, len(shard) if limit is None else min(limit, len(shard)), batch):
-        part = slice(start, min(start + batch, limit or len(shard)))
-        encoded = contents.read(shard[part], sample[part])
-        flip = np.zeros(len(encoded.images), np.bool_)
-        images.append(decoder.decode(encoded.images, flip=flip, names=encoded.names).cpu())
-        labels.append(torch.from_numpy(encoded.labels))
-    contents.close()
+    left = math.inf if limit is None else limit
+    for pattern in patterns:
+        source = open_set(pattern, 1.0, keep=keep, classes=classes)
+        counts = np.array(source.sizes)
+        shard = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+        count = int(min(left, len(shard)))
+        for start in range(0, count, batch):
+            part = slice(start, min(start + batch, count))
+            encoded = source.contents.read(shard[part], source.rows(shard[part], number[part]))
+            flip = np.zeros(len(encoded.images), np.bool_)
+            images.append(decoder.decode(encoded.images, flip=flip, names=encoded.names).cpu())
+            labels.append(torch.from_numpy(encoded.labels))
+        source.contents.close()
+        left -= count
     return torch.cat(images), torch.cat(labels)

@@ -25,12 +25,13 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (_images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout))
+    train = _images(recipe, [url for url, _ in recipe.data.sources])
+    heldout = _images(recipe, [recipe.data.heldout])
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
-def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
+def _images(recipe: Recipe, shards: list[str]) -> tuple[Tensor, Tensor]:
     """All images and labels of `shards`, decoded as the training decodes them."""
     data = recipe.data
     decoder = open_decoder(
@@ -42,7 +43,12 @@ def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
     )
     try:
         return read_all(
-            shards, decoder, classes=data.classes, limit=None, batch=DECODED_AT_ONCE
+            shards,
+            decoder,
+            keep=data.keep,
+            classes=data.classes,
+            limit=None,
+            batch=DECODED_AT_ONCE,
         )
     finally:
         decoder.close()

@@ -6,13 +6,15 @@ written back, complete, into the run's folder. Nothing in the environment change
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -44,8 +46,28 @@ class RunSection(Section):
     dir: str = Field(description="folder of this run; a checkpoint in it is resumed")
 
 
+class SourceSection(Section):
+    url: str = Field(description="shards: a path or URL with {00..07} braces or *")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="how often it is drawn")
+
+
+# One data set by its URL alone, or several mixed. The tags keep each one's errors to itself.
+PATTERN, MIXTURE = "one data set", "a list of data sets"
+Sources = Annotated[
+    Annotated[str, Tag(PATTERN)]
+    | Annotated[list[SourceSection], Field(min_length=1), Tag(MIXTURE)],
+    Discriminator(lambda value: MIXTURE if isinstance(value, list) else PATTERN),
+]
+
+
 class DataSection(Section):
-    train: str = Field(description="shards to train on: a path or URL with {00..07} braces or *")
+    train: Sources = Field(
+        description="shards to train on: a path or URL with {00..07} braces or *, or several as a "
+        "list of {url, weight}, each with epochs of its own"
+    )
+    keep: dict[str, Annotated[list[bool | int | float | str | None], Field(min_length=1)]] = Field(
+        {}, description="train on samples alone whose label (cls) or .json field is one of these"
+    )
     heldout: str | None = Field(None, description="shards kept for evaluation")
     image_size: Positive
     channels: Literal[1, 3] = 3
@@ -59,6 +81,13 @@ class DataSection(Section):
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     prefetch: Positive = Field(2, description="batches decoded ahead of the step")
     threads: Positive = Field(2, description="decoding threads a rank")
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """Shards and weight of each data set trained on."""
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(source.url, source.weight) for source in self.train]
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +144,11 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    steps: Positive
+    steps: Annotated[int, Field(ge=0)] = Field(0, description="0: given as samples or epochs")
+    samples: Annotated[int, Field(ge=0)] = Field(0, description="in place of steps; rounded up")
+    epochs: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="in place of steps: passes over the one data set; rounded up to a step"
+    )
     batch: Positive = Field(description="samples a step over all ranks: the batch of the science")
     microbatch: Positive | None = Field(
         None, description="samples a forward on one rank; null: the rank's whole share"
@@ -133,6 +166,17 @@ class TrainSection(Section):
         [0.999], description="decays of the averaged weights; the first is used to sample"
     )
     log_every: Positive = Field(10, description="steps between progress lines")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        given = [name for name in ("steps", "samples", "epochs") if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(f"train.{name}" for name in given) or "nothing"
+            raise ValueError(
+                f"{found} says how long to train; give exactly one of train.steps, train.samples "
+                "and train.epochs"
+            )
+        return self
 
 
 class ParallelSection(Section):
@@ -333,7 +377,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _sentence(error: Any) -> str:
     """One pydantic error as a sentence that names the key and the remedy."""
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in (PATTERN, MIXTURE)]
     name = ".".join(location)
     kind, message = error["type"], str(error["msg"])
     if kind == "extra_forbidden":
@@ -354,10 +398,18 @@ def _sentence(error: Any) -> str:
 
 
 def _keys_at(location: list[str]) -> list[str]:
-    model: Any = Recipe
+    model: type[BaseModel] = Recipe
     for part in location:
-        model = model.model_fields[part].annotation
+        if part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key's type names: itself, or the items of a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:

@@ -12,7 +12,7 @@ from trainer.recipe import Recipe, build_recipe, parse_yaml, write_recipe
 
 # What decides the science of a run: a resume that changed one of these would be another run.
 FIXED = (
-    "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip",
+    "seed", "data.train", "data.keep", "data.image_size", "data.channels", "data.classes", "data.flip",
     "data.lanes", "data.window", "model", "objective.prediction", "train.batch", "train.ema",
 )  # fmt: skip
 

@@ -54,6 +54,7 @@ def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome
     Raises UserError for whatever a person can set right.
     """
     made = plan(recipe, world_size)
+    recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     changed = check_resume(run, recipe)
     ranks = start("auto", recipe.parallel.timeout_seconds)

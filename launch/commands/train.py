@@ -34,6 +34,7 @@ def train(
     Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own.
     """
     # torch takes seconds to import: `flowmill --help` should not.
+    from trainer.assembly import in_steps, training_stream
     from trainer.dry_run import check
     from trainer.running import run_training
 
@@ -49,6 +50,8 @@ def train(
     elif joined or world_size == 1:
         die_with_parent()
         check(loaded, world_size)
+        if not loaded.train.steps:
+            loaded = in_steps(loaded, training_stream(loaded).samples)
         with ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
             run_training(loaded, world_size, progress)
     else:

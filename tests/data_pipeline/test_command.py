@@ -95,7 +95,8 @@ import torch
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
 from data_pipeline.stream import open_stream
-stream = open_stream("embedded:digits8/train-*.tar", classes=10, seed=0, lanes=4, window=8)
+sources = [("embedded:digits8/train-*.tar", 1.0)]
+stream = open_stream(sources, keep={}, classes=10, seed=0, lanes=4, window=8)
 decoder = open_decoder("auto", image_size=8, channels=1, threads=2, device=torch.device("cpu"))
 loader = Loader(stream, decoder, seed=0, batch=32, rank=0, ranks=1, flip=0.5, prefetch=2,
                 device=torch.device("cpu"))
