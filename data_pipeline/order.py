@@ -99,8 +99,7 @@ def permute(index: Int64, count: Int64, key: UInt64) -> Int64:
     """Where the permutation of 0 .. count - 1 named by `key` takes `index`; arrays, elementwise."""
     size = count.astype(np.uint64)
     place = index.astype(np.uint64)
-    for round_key in ROUND_KEYS:
-        word = mix(key + round_key)
+    for word in mix(np.add.outer(ROUND_KEYS, key)):
         pivot = word % size
         # In every round each place has one partner; a coin of the pair decides if they swap.
         partner = np.where(place <= pivot, pivot - place, pivot + size - place)

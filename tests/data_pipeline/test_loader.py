@@ -27,9 +27,11 @@ def stream_of(pattern, *, keep=None, seed=0, lanes=2, window=3):
     return open_stream(sources, keep=keep or {}, classes=10, seed=seed, lanes=lanes, window=window)
 
 
-def loader(pattern, *, batch=6, rank=0, ranks=1, seed=1, flip=0.0, prefetch=2, window=4, size=4):
+def loader(
+    pattern, *, keep=None, batch=6, rank=0, ranks=1, seed=1, flip=0.0, prefetch=2, window=4, size=4
+):
     return Loader(
-        stream_of(pattern, seed=seed, lanes=3, window=window),
+        stream_of(pattern, keep=keep, seed=seed, lanes=3, window=window),
         decoder(size=size),
         seed=seed,
         batch=batch,
