@@ -1,0 +1,53 @@
+"""Every command of the documentation works as it is printed there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What sets up the machine cannot run inside its own suite; the demo has a test of its own.
+BY_MAKE = "make "
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the page's `sh` blocks, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith((BY_MAKE, "#"))]
+
+
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if commands(page)
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_page_work_in_an_empty_folder(page: Path, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    for command in commands(page):
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    broken = [
+        f"{page.name}: {link}"
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if not link.startswith("http") and not (page.parent / link).exists()
+    ]
+    assert broken == []
