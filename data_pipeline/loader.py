@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,26 @@ POLL_SECONDS = 0.05
 def share_of(batch: int, rank: int, ranks: int) -> tuple[int, int]:
     """First and end of what `rank` reads of a global batch: rank * batch / ranks, rounded down."""
     return batch * rank // ranks, batch * (rank + 1) // ranks
+
+
+@dataclass(frozen=True)
+class SharedOut:
+    """One global batch: the position it begins at, and the keys that each rank reads of it."""
+
+    position: int
+    ranks: list[list[str]]
+
+
+def list_shares(
+    stream: Stream, *, start: int, batches: int, batch: int, ranks: int
+) -> list[SharedOut]:
+    """Who reads what of the global batches from position `start` on."""
+    listed = []
+    for position in range(start, start + batches * batch, batch):
+        keys = stream.keys(torch.arange(position, position + batch))
+        shares = [keys[slice(*share_of(batch, rank, ranks))] for rank in range(ranks)]
+        listed.append(SharedOut(position, shares))
+    return listed
 
 
 class Share:

@@ -128,3 +128,11 @@ def test_a_late_position_costs_what_an_early_one_does():
         return best
 
     assert seconds(10**12) < 3 * seconds(0)
+
+
+def test_a_batch_smaller_than_the_lanes_draws_from_all_over_the_data():
+    """Eight batches pass over the lanes once; each would else come from one shard of the eight."""
+    order = Order([100] * 8, seed=0, lanes=64, window=16)
+    shards = order.sample_at(np.arange(800)).shard
+    held = [len(set(shards[start : start + 8].tolist())) for start in range(0, 800, 8)]
+    assert np.mean(held) > 4

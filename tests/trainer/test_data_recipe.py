@@ -35,10 +35,16 @@ def test_one_data_set_is_given_as_text_and_several_as_a_list(tmp_path):
     [
         ("data.train=[]", r"data\.train = \[\] must have at least 1 values"),
         ("data.train=5", r"data\.train = 5 must be text"),
-        ("data.train=[{url: a, wieght: 2}]", r"data\.train\[0\]\.wieght .* did you mean data\.train"),
+        (
+            "data.train=[{url: a, wieght: 2}]",
+            r"data\.train\[0\]\.wieght .* did you mean data\.train",
+        ),
         ("data.train=[{url: a}, {weight: 2}]", r"data\.train\[1\]\.url is missing"),
         ("data.train=[{url: a, weight: 0}]", r"data\.train\[0\]\.weight = 0 must be above 0"),
-        ("data.train=[{url: a, weight: .inf}]", r"data\.train\[0\]\.weight = inf must be a finite number"),
+        (
+            "data.train=[{url: a, weight: .inf}]",
+            r"data\.train\[0\]\.weight = inf must be a finite number",
+        ),
         ("data.keep={cls: 3}", r"data\.keep\.cls = 3 must be a list"),
         ("data.keep={cls: []}", r"data\.keep\.cls = \[\] must have at least 1 values"),
         ("data.keep={size: [[8, 8]]}", r"data\.keep\.size\[0\]: \[8, 8\] is not text, a number"),
