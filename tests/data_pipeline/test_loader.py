@@ -28,10 +28,21 @@ def stream_of(pattern, *, keep=None, seed=0, lanes=2, window=3):
 
 
 def loader(
-    pattern, *, keep=None, batch=6, rank=0, ranks=1, seed=1, flip=0.0, prefetch=2, window=4, size=4
+    pattern,
+    *,
+    keep=None,
+    batch=6,
+    rank=0,
+    ranks=1,
+    seed=1,
+    flip=0.0,
+    prefetch=2,
+    lanes=3,
+    window=4,
+    size=4,
 ):
     return Loader(
-        stream_of(pattern, keep=keep, seed=seed, lanes=3, window=window),
+        stream_of(pattern, keep=keep, seed=seed, lanes=lanes, window=window),
         decoder(size=size),
         seed=seed,
         batch=batch,
