@@ -216,7 +216,7 @@ class Loader:
         if state != self.stream.state_at(int(state["position"])):
             there, here = (
                 " + ".join(str(count) for count in counts)
-                for counts in (state["samples"], self.stream.samples)
+                for counts in (state["samples"], self.stream.epochs)
             )
             raise UserError(
                 f"the checkpoint was made with another stream of samples ({there} an epoch, here "

@@ -47,7 +47,8 @@ class Stream:
     """Samples in their global order.
 
     sets: the data sets it is drawn from
-    samples: how many there are in an epoch of each
+    epochs: samples in an epoch of each
+    samples: in an epoch of all together
     fingerprint: names what the order depends on; equal fingerprints mean equal orders
     """
 
@@ -55,7 +56,8 @@ class Stream:
         self.sets = tuple(sets)
         sizes, weights = [one.sizes for one in sets], [one.weight for one in sets]
         self.order = MixedOrder(sizes, weights, seed=seed, lanes=lanes, window=window)
-        self.samples = [order.samples for order in self.order.orders]
+        self.epochs = [order.samples for order in self.order.orders]
+        self.samples = sum(self.epochs)
         facts = [
             (
                 list(zip(one.contents.names, one.contents.sizes, strict=True)),
@@ -107,7 +109,7 @@ class Stream:
         return {
             "position": position,
             "taken": self.order.mixture.taken(position),
-            "samples": self.samples,
+            "samples": self.epochs,
             "fingerprint": self.fingerprint,
         }
 

@@ -52,7 +52,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     with torch.device("meta"):
         DiT(model)
     stream = training_stream(recipe)
-    return Plan(in_steps(recipe, stream.samples), layout, model, stream)
+    return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
 
 
 def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:

@@ -74,7 +74,7 @@ def _data_checks(made: Plan) -> list[Check]:
             f"{len(one.sizes)} shards, {samples:,} samples, {count / samples:.1f} epochs",
         )
         for (url, _), one, samples, count in zip(
-            made.recipe.data.sources, stream.sets, stream.samples, taken, strict=True
+            made.recipe.data.sources, stream.sets, stream.epochs, taken, strict=True
         )
     ]
 

@@ -57,7 +57,7 @@ def train(
         die_with_parent()
         check(loaded, world_size)
         if not loaded.train.steps:
-            loaded = in_steps(loaded, training_stream(loaded).samples)
+            loaded = in_steps(loaded, training_stream(loaded).epochs)
         with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
             run_training(loaded, world_size, progress)
     else:
