@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -71,12 +71,14 @@ class PastShard(NamedTuple):
 
     samples: how many it had
     left_out: why it is not part of the order, None if it is
+    source: which of the run's data sets it belongs to
     """
 
     name: str
     url: str
     samples: int
     left_out: str | None
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Tolerance:
     def strict(self) -> bool:
         """Nothing is tolerated: the first fault is an error."""
         return self.max_bad_fraction == 0
+
+    def of_set(self, number: int) -> "Tolerance":
+        """The same for one of several data sets."""
+        past = None if self.past is None else [one for one in self.past if one.source == number]
+        return replace(self, past=past)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ position."""
 
 import atexit
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -20,9 +21,9 @@ from data_pipeline.augment import Augment, Size, Views, draw_views
 from data_pipeline.decode.decoder import Decoder, decode_middle
 from data_pipeline.decode.images import Picture
 from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
-from data_pipeline.samples import Samples
+from data_pipeline.keep import Keep
 from data_pipeline.stage import Stage
-from data_pipeline.stream import Stream
+from data_pipeline.stream import DataSet, Stream, open_set
 from flows.batch import Batch
 from flows.errors import UserError
 
@@ -49,6 +50,31 @@ class Loaded:
 
     batch: Batch
     bad: list[Bad]
+
+
+def share_of(batch: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and end of what `rank` reads of a global batch: rank * batch / ranks, rounded down."""
+    return batch * rank // ranks, batch * (rank + 1) // ranks
+
+
+@dataclass(frozen=True)
+class SharedOut:
+    """One global batch: the position it begins at, and the keys that each rank reads of it."""
+
+    position: int
+    ranks: list[list[str]]
+
+
+def list_shares(
+    stream: Stream, *, start: int, batches: int, batch: int, ranks: int
+) -> list[SharedOut]:
+    """Who reads what of the global batches from position `start` on."""
+    listed = []
+    for position in range(start, start + batches * batch, batch):
+        keys = stream.keys(torch.arange(position, position + batch))
+        shares = [keys[slice(*share_of(batch, rank, ranks))] for rank in range(ranks)]
+        listed.append(SharedOut(position, shares))
+    return listed
 
 
 class Share:
@@ -78,7 +104,7 @@ class Share:
         self.augment = augment
         self.seed = seed
         self.batch = batch
-        self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
+        self.first, self.end = share_of(batch, rank, ranks)
         self.device = device
         # The thread that decodes reads too, where it has to replace what cannot be decoded.
         self._reading = threading.Lock()
@@ -163,8 +189,8 @@ class Ahead:
 class Loader:
     """An endless iterator of this rank's share of each global batch.
 
-    Share of the batch of `batch` samples from position p: p + [rank * batch / ranks, (rank + 1) *
-    batch / ranks), rounded down. Reading starts with the first `next`.
+    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks).
+    Reading starts with the first `next`.
 
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
@@ -242,19 +268,19 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks."""
-        return {
-            "position": self.position,
-            "samples": self.stream.samples,
-            "fingerprint": self.stream.fingerprint,
-        }
+        return self.stream.state_at(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; raises UserError if it belongs to another order of samples."""
-        if state["fingerprint"] != self.stream.fingerprint:
+        if state != self.stream.state_at(int(state["position"])):
+            there, here = (
+                " + ".join(str(count) for count in counts)
+                for counts in (state["samples"], self.stream.epochs)
+            )
             raise UserError(
-                f"the checkpoint was made with another stream of samples ({state['samples']} an "
-                f"epoch, here {self.stream.samples}); restore data.train, data.lanes, data.window "
-                "and seed, or start in a new run.dir"
+                f"the checkpoint was made with another stream of samples ({there} an epoch, here "
+                f"{here}); restore data.train, data.keep, data.lanes, data.window and seed, or start "
+                "in a new run.dir"
             )
         self._stop_ahead()
         self.position = int(state["position"])
@@ -283,10 +309,11 @@ class Loader:
 
 
 def read_all(
-    pattern: str,
+    patterns: Sequence[str],
     decoder: Decoder,
     *,
     size: Size,
+    keep: Keep,
     classes: int,
     limit: int | None,
     batch: int,
@@ -294,22 +321,26 @@ def read_all(
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
+    keep: see `open_stream`
     batch: images decoded at a time
     tolerate: where it allows bad samples, the next good one is taken once more; None: none
 
     Returns images (samples, channels, *size) in [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes, tolerate=tolerate)
+    tolerate = tolerate or Tolerance(0.0, None, None)
     images, labels = [], []
-    total = len(contents) if limit is None else min(limit, len(contents))
-    for start in range(0, total, batch):
-        positions = torch.arange(start, min(start + batch, total))
-        rows = Rows(
-            InFileOrder(contents), positions, tolerant=bool(tolerate and not tolerate.strict)
-        )
-        images.append(rows.apply(partial(_decode_middle, decoder, rows, size)))
-        labels.append(torch.tensor([one.label for one in rows.samples]))
-    contents.close()
+    left = math.inf if limit is None else limit
+    for number, pattern in enumerate(patterns):
+        tolerated = tolerate.of_set(number)
+        source = open_set(pattern, 1.0, keep=keep, classes=classes, tolerate=tolerated)
+        count = int(min(left, sum(source.sizes)))
+        for start in range(0, count, batch):
+            positions = torch.arange(start, min(start + batch, count))
+            rows = Rows(InFileOrder(source), positions, tolerant=not tolerate.strict)
+            images.append(rows.apply(partial(_decode_middle, decoder, rows, size)))
+            labels.append(torch.tensor([one.label for one in rows.samples]))
+        source.contents.close()
+        left -= count
     return torch.cat(images), torch.cat(labels)
 
 
@@ -326,13 +357,13 @@ def _files(rows: Rows, chosen: Sequence[int]) -> tuple[list[bytes], list[str]]:
 class InFileOrder:
     """Samples by their place in the shards, one after another."""
 
-    def __init__(self, contents: Samples) -> None:
-        self._contents = contents
-        self._ends = np.cumsum(contents.sizes)
+    def __init__(self, source: DataSet) -> None:
+        self._source = source
+        self._ends = np.cumsum(source.sizes)
 
     def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
         """In the place of a bad one comes the next."""
-        place = (positions + attempts).numpy() % len(self._contents)
+        place = (positions + attempts).numpy() % self._ends[-1]
         shard = np.searchsorted(self._ends, place, side="right")
-        first = self._ends[shard] - np.asarray(self._contents.sizes)[shard]
-        return self._contents.fetch(shard, place - first)
+        first = self._ends[shard] - np.asarray(self._source.sizes)[shard]
+        return self._source.contents.fetch(shard, self._source.rows(shard, place - first))

@@ -76,13 +76,7 @@ class Samples:
 
         Raises UserError for the first that cannot be read, or whose label is no class.
         """
-        found: list[Found] = []
-        for one in self.fetch(shard, sample):
-            if isinstance(one, BadSample):
-                raise one
-            found.append(one)
-        labels = np.array([one.label for one in found], np.int64)
-        return Encoded([one.name for one in found], [one.image for one in found], labels)
+        return whole(self.fetch(shard, sample))
 
     def fetch(self, shard: Int64, sample: Int64) -> list[Found | BadSample]:
         """(batch,) samples, in the order asked for; in the place of a bad one, what is wrong."""
@@ -95,6 +89,10 @@ class Samples:
             else self._compose(place, [next(contents) for _ in place.members])
             for place in places
         ]
+
+    def index(self, url: str) -> ShardIndex:
+        """Where the samples of one of the shards lie; raises UserError if it has gone or changed."""
+        return self._indexes[url]
 
     def expect(self, shard: Int64, sample: Int64) -> None:
         """Name samples that will be asked for soon."""
@@ -189,6 +187,17 @@ class Samples:
         except UserError as error:
             return BadSample(str(error), url=place.url, key=place.key)
         return Found(place.url, place.key, image, label)
+
+
+def whole(samples: Sequence[Found | BadSample]) -> Encoded:
+    """Samples none of which may be bad; raises the first that is."""
+    found: list[Found] = []
+    for one in samples:
+        if isinstance(one, BadSample):
+            raise one
+        found.append(one)
+    labels = np.array([one.label for one in found], np.int64)
+    return Encoded([one.name for one in found], [one.image for one in found], labels)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From a recipe to the parts of a run. Everything that can be wrong is refused here, before any rank."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from trainer.storage import reach_storage
 class Plan:
     """A recipe that passed every check at a given number of ranks."""
 
-    recipe: Recipe
+    recipe: Recipe  # its length in steps, whatever unit it was given in
     layout: Layout
     model: DiTConfig
     stream: Stream
@@ -55,7 +56,28 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_config(recipe)
     with torch.device("meta"):
         DiT(model)
-    return Plan(recipe, layout, model, training_stream(recipe))
+    stream = training_stream(recipe)
+    return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
+
+
+def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:
+    """`recipe` with its length in optimizer steps.
+
+    samples: how many each data set has in an epoch
+
+    Raises UserError for epochs of several data sets.
+    """
+    train = recipe.train
+    if train.steps:
+        return recipe
+    if train.epochs and len(samples) > 1:
+        raise UserError(
+            f"train.epochs = {train.epochs:g} has no meaning for a mixture, where each data set has "
+            "epochs of its own; give train.samples or train.steps."
+        )
+    length = train.samples or math.ceil(train.epochs * samples[0])
+    in_units = {"steps": -(-length // train.batch), "samples": 0, "epochs": 0.0}
+    return recipe.model_copy(update={"train": train.model_copy(update=in_units)})
 
 
 def model_config(recipe: Recipe) -> DiTConfig:
@@ -81,7 +103,8 @@ def training_stream(recipe: Recipe) -> Stream:
     past = read_past(run.shards) if begun else None
     reach_storage(recipe)
     return open_stream(
-        data.train,
+        data.sources,
+        keep=data.keep,
         classes=data.classes,
         seed=recipe.seed,
         lanes=data.lanes,

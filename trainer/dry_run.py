@@ -31,6 +31,7 @@ def check(recipe: Recipe, world_size: int) -> list[Check]:
     Writes nothing but the shards' index files.
     """
     made = plan(recipe, world_size)
+    recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     check_place(run)
     if recipe.tracking.mlflow and recipe.tracking.uri is not None:
@@ -69,11 +70,14 @@ def _layout_checks(made: Plan) -> list[Check]:
 
 def _data_checks(made: Plan) -> list[Check]:
     stream, train = made.stream, made.recipe.train
-    epochs = train.steps * train.batch / stream.samples
+    taken = stream.order.mixture.taken(train.steps * train.batch)
     return [
         Check(
-            "shards",
-            f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs",
+            "shards" if len(taken) == 1 else f"shards of {url}",
+            f"{len(one.sizes)} shards, {samples:,} samples, {count / samples:.1f} epochs",
+        )
+        for (url, _), one, samples, count in zip(
+            made.recipe.data.sources, stream.sets, stream.epochs, taken, strict=True
         )
     ]
 

@@ -30,13 +30,15 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
         )
     samples = sample_checkpoint(run, recipe, count)
     reach_storage(recipe)
-    train = _images(recipe, recipe.data.train, read_past(run.shards))
-    heldout = _images(recipe, recipe.data.heldout, None)
+    train = _images(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
+    heldout = _images(recipe, [recipe.data.heldout], None)
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
-def _images(recipe: Recipe, shards: str, past: Sequence[PastShard] | None) -> tuple[Tensor, Tensor]:
+def _images(
+    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
+) -> tuple[Tensor, Tensor]:
     """All images and labels of `shards`, decoded as the training decodes them.
 
     past: the shards as the training began with them
@@ -50,6 +52,7 @@ def _images(recipe: Recipe, shards: str, past: Sequence[PastShard] | None) -> tu
             shards,
             decoder,
             size=(data.image_size, data.image_size),
+            keep=data.keep,
             classes=data.classes,
             limit=None,
             batch=DECODED_AT_ONCE,

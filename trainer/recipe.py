@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -32,6 +35,15 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Ratio = Annotated[float, Field(gt=0.0)]
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError(f"{value!r} is not text, a number, true, false or null; give one of these")
+    return value
+
+
+Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
 class Section(BaseModel):
@@ -104,8 +116,34 @@ class AugmentSection(Section):
         return bounds
 
 
+class SourceSection(Section):
+    url: Text = Field(description="shards: a path or URL with {00..07} braces or *")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="how often it is drawn")
+
+    @field_validator("url")
+    @classmethod
+    def _no_secrets_in_address(cls, address: str) -> str:
+        check_address(address)
+        return address
+
+
+# One data set by its URL alone, or several mixed.
+PATTERN, MIXTURE = "(one)", "(several)"
+Sources = Annotated[
+    Annotated[Text, Tag(PATTERN)]
+    | Annotated[list[SourceSection], Field(min_length=1), Tag(MIXTURE)],
+    Discriminator(lambda value: MIXTURE if isinstance(value, list) else PATTERN),
+]
+
+
 class DataSection(Section):
-    train: Text = Field(description="shards to train on: a path or URL with {00..07} braces or *")
+    train: Sources = Field(
+        description="shards to train on: a path or URL with {00..07} braces or *, or several as a "
+        "list of {url, weight}, each with epochs of its own"
+    )
+    keep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(
+        {}, description="train on samples alone whose label (cls) or .json field is one of these"
+    )
     heldout: Text | None = Field(None, description="shards kept for evaluation")
     image_size: Positive
     channels: Literal[1, 3] = 3
@@ -134,10 +172,17 @@ class DataSection(Section):
 
     @field_validator("train", "heldout")
     @classmethod
-    def _no_secrets_in_addresses(cls, address: str | None) -> str | None:
-        if address is not None:
+    def _no_secrets_in_addresses(cls, address: Any) -> Any:
+        if isinstance(address, str):
             check_address(address)
         return address
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """Shards and weight of each data set trained on."""
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(source.url, source.weight) for source in self.train]
 
     @property
     def names(self) -> list[str]:
@@ -194,7 +239,15 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    steps: Positive
+    steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="0: the length is given in samples or epochs"
+    )
+    samples: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="in place of steps; rounded up"
+    )
+    epochs: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="in place of steps: passes over the one data set; rounded up to a step"
+    )
     batch: Positive = Field(description="samples a step over all ranks: the batch of the science")
     microbatch: Positive | None = Field(
         None, description="samples a forward on one rank; null: the rank's whole share"
@@ -212,6 +265,17 @@ class TrainSection(Section):
         [0.999], description="decays of the averaged weights; the first is used to sample"
     )
     log_every: Positive = Field(10, description="steps between progress lines")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        given = [name for name in ("steps", "samples", "epochs") if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(f"train.{name}" for name in given) or "nothing"
+            raise ValueError(
+                f"{found} says how long to train; give exactly one of train.steps, train.samples "
+                "and train.epochs, and 0 for the others"
+            )
+        return self
 
 
 class ParallelSection(Section):

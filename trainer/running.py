@@ -60,6 +60,7 @@ def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome
     Raises UserError for whatever a person can set right.
     """
     made = plan(recipe, world_size)
+    recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     changed = check_resume(run, recipe)
     ranks = start("auto", recipe.parallel.timeout_seconds)
@@ -179,7 +180,7 @@ def _agree(made: Plan, ranks: Ranks) -> None:
 
 def _remember(made: Plan, run: RunFolder, report: Quiet) -> None:
     """Write down the shards that this run has, so that a resume has the same, and those left out."""
-    past = made.stream.contents.past
+    past = made.stream.past
     write_past(run.shards, past)
     left_out = [shard for shard in past if shard.left_out is not None]
     Quarantine(run.quarantine).add_shards(left_out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.errors import UserError
 from launch.commands.sample import check_picture
@@ -121,6 +122,42 @@ def verify(
         verifier.draw_grid(pattern, picture)
     if report.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def order(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    start: Annotated[int, typer.Option("--from", min=0, help="Samples taken before.")] = 0,
+    batches: Annotated[int, typer.Option(min=1, help="Global batches to list.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that read different samples.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Which samples each global batch holds, and which rank reads them; nothing is decoded."""
+    from data_pipeline.loader import list_shares
+    from trainer.assembly import training_stream
+    from trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    batch = loaded.train.batch
+    if batch % ranks:
+        raise UserError(
+            f"train.batch = {batch} does not divide over --ranks {ranks}; give a divisor of it."
+        )
+    stream = training_stream(loaded)
+    listed = list_shares(stream, start=start, batches=batches, batch=batch, ranks=ranks)
+    stream.close()
+    if as_json:
+        _print_json([asdict(one) for one in listed])
+        return
+    table = Table("position", "rank", "samples", title=f"{recipe}: batches of {batch}")
+    for one in listed:
+        for rank, keys in enumerate(one.ranks):
+            table.add_row("" if rank else f"{one.position:,}", str(rank), Text(" ".join(keys)))
+        table.add_section()
+    Console().print(table)
 
 
 def _print_report(pattern: str, report: "Report") -> None:

@@ -48,6 +48,7 @@ def train(
         )
     # torch takes seconds to import: neither `--help` nor a wrong recipe should wait for it.
     from parallel.processes import choose_device
+    from trainer.assembly import in_steps, training_stream
     from trainer.dry_run import check
     from trainer.running import run_training
 
@@ -56,6 +57,8 @@ def train(
     elif joined or world_size == 1:
         die_with_parent()
         check(loaded, world_size)
+        if not loaded.train.steps:
+            loaded = in_steps(loaded, training_stream(loaded).epochs)
         with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
             run_training(loaded, world_size, progress)
     else:

@@ -257,7 +257,7 @@ def test_a_hundred_thousand_shards_open_in_seconds(synthetic, named):
     if named == "braces":
         pattern = "synthetic://set/train-{000000..099999}.tar"
     began = time.process_time()
-    stream = open_stream(pattern, classes=10, seed=0, lanes=64, window=256)
+    stream = open_stream([(pattern, 1.0)], keep={}, classes=10, seed=0, lanes=64, window=256)
     assert time.process_time() - began < 30
     assert stream.samples == 10**9
     assert Synthetic.read < 64 * 100_000, "head and table, not the indexes"
@@ -269,7 +269,7 @@ def test_memory_goes_with_the_shards_and_not_with_the_samples(synthetic):
     def peak(shards, samples):
         pattern = synthetic(shards, samples)
         tracemalloc.start()
-        open_stream(pattern, classes=10, seed=0, lanes=64, window=256)
+        open_stream([(pattern, 1.0)], keep={}, classes=10, seed=0, lanes=64, window=256)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used

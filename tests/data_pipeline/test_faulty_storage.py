@@ -64,7 +64,7 @@ def epoch(pattern, batches, *, ranks, batch=12):
     """Keys, labels and pixels of the first batches, all ranks' shares put together."""
     shares = []
     for rank in range(ranks):
-        stream = open_stream(pattern, classes=10, seed=3, lanes=5, window=16)
+        stream = open_stream([(pattern, 1.0)], keep={}, classes=10, seed=3, lanes=5, window=16)
         loader = Loader(
             stream, decoder(), size=(24, 24), augment=FLIPPED, seed=3, batch=batch, rank=rank,
             ranks=ranks, prefetch=2, device=CPU,
@@ -152,7 +152,9 @@ def test_an_index_lies_in_the_bucket_and_spares_every_run_the_headers(server, tm
         assert (done.files, done.made) == (["s3://indexed/flowmill.index"], 3)
     with Proxy(server, {}) as proxy:
         reach(options=s3_options(proxy.url), timeout=5.0, attempts=2)
-        stream = open_stream("s3://indexed/*.tar", classes=10, seed=0, lanes=2, window=4)
+        stream = open_stream(
+            [("s3://indexed/*.tar", 1.0)], keep={}, classes=10, seed=0, lanes=2, window=4
+        )
         assert stream.samples == 34
         # A listing, and head and table of the index: nothing of any shard.
         assert proxy.seen["GET"] <= 4

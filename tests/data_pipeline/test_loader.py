@@ -28,21 +28,37 @@ def decoder(kind="pillow"):
     return open_decoder(kind, channels=1, threads=1, device=CPU)
 
 
+def stream_of(pattern, *, keep=None, seed=0, lanes=2, window=3, tolerate=None):
+    sources = [(pattern, 1.0)] if isinstance(pattern, str) else pattern
+    return open_stream(
+        sources,
+        keep=keep or {},
+        classes=10,
+        seed=seed,
+        lanes=lanes,
+        window=window,
+        tolerate=tolerate,
+    )
+
+
 def loader(
     pattern,
     *,
+    keep=None,
     batch=6,
     rank=0,
     ranks=1,
     seed=1,
     augment=PLAIN,
     prefetch=2,
+    lanes=3,
     window=4,
     size=4,
     kind="pillow",
+    tolerate=None,
 ):
     return Loader(
-        open_stream(pattern, classes=10, seed=seed, lanes=3, window=window),
+        stream_of(pattern, keep=keep, seed=seed, lanes=lanes, window=window, tolerate=tolerate),
         decoder(kind),
         size=(size, size),
         augment=augment,
@@ -123,7 +139,7 @@ def test_a_running_loader_goes_back_to_a_state(shards):
 def test_state_of_another_order_is_refused(shards):
     pattern, other = shards([20]), shards([10, 10], "other")
     state = loader(pattern).state_dict()
-    assert state.keys() == {"position", "samples", "fingerprint"}
+    assert state.keys() == {"position", "taken", "samples", "fingerprint"}
     for changed in (loader(other), loader(pattern, seed=2), loader(pattern, window=5)):
         with pytest.raises(UserError, match=r"another stream of samples \(20 an epoch, here 20\)"):
             changed.load_state_dict(state)
@@ -246,7 +262,7 @@ def test_a_data_set_smaller_than_a_batch_repeats_within_it(shards):
 
 
 def test_keys_name_what_is_read(shards):
-    stream = open_stream(shards([4, 5]), classes=10, seed=0, lanes=2, window=3)
+    stream = stream_of(shards([4, 5]))
     positions = torch.arange(9)
     keys = stream.keys(positions)
     assert sorted(keys) == [f"train-{int(n > 3):02d}/{n:04d}" for n in range(9)]
@@ -257,7 +273,7 @@ def test_keys_name_what_is_read(shards):
 @pytest.mark.parametrize("limit", [None, 1, 7, 100])
 def test_held_out_samples_come_in_file_order(shards, limit):
     images, labels = read_all(
-        shards([4, 0, 5]), decoder(), size=(4, 4), classes=10, limit=limit, batch=3
+        [shards([4, 0, 5])], decoder(), size=(4, 4), keep={}, classes=10, limit=limit, batch=3
     )
     count = min(9, limit or 9)
     assert images.shape == (count, 1, 4, 4)
@@ -266,8 +282,15 @@ def test_held_out_samples_come_in_file_order(shards, limit):
 
 def test_held_out_digits_are_not_trained_on():
     def pixels(split):
-        pattern = f"embedded:digits28/{split}-000000.tar"
-        images, _ = read_all(pattern, decoder(), size=(28, 28), classes=10, limit=500, batch=64)
+        images, _ = read_all(
+            [f"embedded:digits28/{split}-000000.tar"],
+            decoder(),
+            size=(28, 28),
+            keep={},
+            classes=10,
+            limit=500,
+            batch=64,
+        )
         return images.flatten(1)
 
     assert torch.cdist(pixels("train"), pixels("heldout")).min() > 1
