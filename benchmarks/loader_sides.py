@@ -73,8 +73,7 @@ class Flowmill:
     def __init__(self, shards: Shards, setting: Setting) -> None:
         if self.decoder == "dali":
             import_module("nvidia.dali")
-        for tar in shards.tars:
-            update_catalogs(tar)
+        update_catalogs(shards.pattern)
         data = {"train": shards.pattern, "image_size": shards.size, "classes": shards.samples}
         self._recipe = build_recipe(
             {

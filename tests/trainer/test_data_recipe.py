@@ -60,7 +60,7 @@ def test_one_data_set_is_given_as_text_and_several_as_a_list(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(override, message):
-    with pytest.raises(UserError, match=rf"^Override '.*': {message}"):
+    with pytest.raises(UserError, match=rf"^command line: {message}"):
         digits8(override)
 
 
