@@ -98,7 +98,8 @@ class Flowmill:
             if state is not None:
                 loader.load_state_dict(state)
             for batch in loader:
-                yield batch.image, batch.label
+                # The others hand over rows of one colour after another in memory.
+                yield batch.image.contiguous(), batch.label
 
     def state_after(self, batches: int) -> Any:
         return plan(self._recipe, 1).stream.state_at(batches * self._recipe.train.batch)
