@@ -4,6 +4,7 @@ import json
 from bisect import bisect_right
 from itertools import accumulate
 
+from data_pipeline.description import Description, folder_of, read_description
 from data_pipeline.index import open_index
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import expand
@@ -23,6 +24,9 @@ class TarSource:
         fields = {"cls": label_field, "txt": caption_field}
         self.fields = {extension: field for extension, field in fields.items() if field}
         self.reader = RangeReader()
+        known = read_description(folder_of(self.indexes[0].url)) or Description()
+        names = () if label_field else known.class_names
+        self.about = known.model_copy(update={"class_names": names, "shards": {}})
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -25,7 +25,11 @@ SHOWN_PROBLEMS = 20
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="x.npz (arrays images, labels), shards x-*.tar, or sklearn:digits")
+        str,
+        typer.Argument(
+            help="A folder of class folders, a table (.csv, .jsonl, .parquet), x.npz (arrays images, "
+            "labels), shards x-*.tar, or sklearn:digits."
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="Where train-*.tar and heldout-*.tar go.")],
     per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 10_000,
@@ -34,17 +38,26 @@ def pack(
         int | None, typer.Option(min=0, help="Shuffle all samples first, by this seed.")
     ] = None,
     label_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its class.")
+        str | None,
+        typer.Option(help="Column of the table, or field of each sample's .json, with its class."),
     ] = None,
     caption_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its caption.")
+        str | None,
+        typer.Option(
+            help="Column of the table, or field of each sample's .json, with its caption."
+        ),
     ] = None,
+    image_field: Annotated[
+        str, typer.Option(help="Column of a table with image bytes or paths.")
+    ] = "image",
     as_json: Json = False,
 ) -> None:
     """Write images into shards; the same source gives the same bytes."""
     from data_pipeline import pack as packer
 
-    samples = packer.open_source(source, label_field=label_field, caption_field=caption_field)
+    samples = packer.open_source(
+        source, label_field=label_field, caption_field=caption_field, image_field=image_field
+    )
     written = packer.pack(samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle)
     if as_json:
         _print_json([asdict(shard) | {"path": str(shard.path)} for shard in written])

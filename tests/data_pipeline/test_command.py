@@ -73,8 +73,8 @@ def test_verify_finds_every_problem_and_goes_on(tmp_path):
 def test_bad_input_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no shard"):
         run("verify", f"{tmp_path}/*.tar")
-    with pytest.raises(UserError, match=r"x\.csv: cannot be packed"):
-        run("pack", "x.csv", str(tmp_path))
+    with pytest.raises(UserError, match=r"x\.zip: cannot be packed"):
+        run("pack", "x.zip", str(tmp_path))
 
 
 def test_asking_for_help_loads_nothing_heavy():

@@ -18,7 +18,7 @@ from data_pipeline.shards import expand
 from flows.errors import UserError
 from tests.data_pipeline.conftest import sample, write_tar
 
-PLAIN = {"label_field": None, "caption_field": None}
+PLAIN = {"label_field": None, "caption_field": None, "image_field": "image"}
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -89,6 +89,7 @@ def test_packing_twice_gives_the_same_bytes(tmp_path):
         pack(source, tmp_path / folder, per_shard=700, heldout=97, shuffle=5)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert list(digest(tmp_path / "a")) == [
+        "dataset.json",
         "heldout-000000.tar",
         *(f"train-{n:06d}.tar" for n in range(3)),
     ]
@@ -152,7 +153,7 @@ def test_what_cannot_be_packed_is_said(tmp_path):
 def test_json_without_the_wanted_field_is_named(tmp_path, content):
     members = sample("0007", 1) + ([("0007.json", content)] if content else [])
     url = write_tar(tmp_path / "a.tar", members)
-    source = open_source(url, label_field="kind", caption_field=None)
+    source = open_source(url, label_field="kind", caption_field=None, image_field="image")
     with pytest.raises(UserError, match=r"a\.tar: sample 0007: its \.json has no readable kind"):
         source[0]
 
