@@ -1,6 +1,7 @@
 """`flowmill`: one command line, and the one place where errors become sentences."""
 
 import sys
+import traceback
 from importlib.metadata import entry_points
 
 import typer
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from flows.errors import UserError
 from launch.commands import checkpoint, data, demo, doctor, evaluate, sample, train
+from launch.ranks import LOST_OTHERS, LostOthers, started_by_flowmill
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +37,16 @@ def main() -> None:
         app(arguments)
     except UserError as error:
         if debug:
-            raise
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"error: {error}", style="bold red", highlight=False, markup=False)
+            traceback.print_exc()
+        if isinstance(error, LostOthers) and started_by_flowmill():
+            sys.exit(LOST_OTHERS)  # the parent tells of the rank that ended first, and why
+        _say(error)
         sys.exit(2)
+
+
+def _say(error: UserError) -> None:
+    """Each of its sentences on a line of its own."""
+    console = Console(stderr=True, soft_wrap=True)
+    for line in str(error).splitlines():
+        sentence = line if line.endswith((".", "?")) else f"{line}."
+        console.print(f"error: {sentence}", style="bold red", highlight=False, markup=False)

@@ -13,12 +13,36 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from flows.errors import UserError
 
 GRACE_SECONDS = 15.0
+LOST_OTHERS = 3  # exit code of a rank that ends because another one has ended
+PARENT = "FLOWMILL_PARENT"
+# How Gloo and the store say that the other side of a connection has gone, or has been silent.
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class LostOthers(UserError):
+    """Another rank has ended or is silent; that one knows the reason."""
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A process, and where what it says lies in its log; rank 0 has the terminal instead."""
+
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    begin: int
+
+    def said(self) -> list[str]:
+        """What it wrote since it was started."""
+        if self.log is None:
+            return []
+        return self.log.read_bytes()[self.begin :].decode(errors="replace").strip().splitlines()
 
 
 def joined_by_launcher() -> bool:
@@ -36,6 +60,26 @@ def world_size_from_launcher() -> int:
     return int(text)
 
 
+def started_by_flowmill() -> bool:
+    """Whether this process is a rank that `run_ranks` started."""
+    return PARENT in os.environ
+
+
+@contextmanager
+def as_rank() -> Iterator[None]:
+    """Turn the failure of a collective whose other side has gone into LostOthers."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text for sign in _LOST):
+            raise
+        raise LostOthers(
+            f"Rank {os.environ.get('RANK', 0)} lost the other ranks ({text.splitlines()[0]}); "
+            "the rank that ended first says why."
+        ) from error
+
+
 def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     """Run `flowmill <arguments>` as `ranks` local processes; the exit code of the first to fail.
 
@@ -44,14 +88,19 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     """
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    processes = [_start(arguments, rank, ranks, port, logs) for rank in range(ranks)]
-    with _forwarded_signals(processes):
-        return _watch(processes, logs)
+    started = [_start(arguments, rank, ranks, port, logs) for rank in range(ranks)]
+    with _forwarded_signals([rank.process for rank in started]):
+        failed = _wait(started)
+    if failed is None:
+        return 0
+    code = started[failed].process.returncode
+    sys.stderr.write(_obituary(failed, code, started[failed]))
+    return code if code > 0 else 128 - code
 
 
 def die_with_parent() -> None:
     """End this rank when the process that started it is gone (SIGKILL leaves no time to say so)."""
-    parent = os.environ.get("FLOWMILL_PARENT")
+    parent = os.environ.get(PARENT)
     if parent is None:
         return
 
@@ -63,9 +112,7 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _start(
-    arguments: Sequence[str], rank: int, ranks: int, port: int, logs: Path
-) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, logs: Path) -> _Rank:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -73,46 +120,55 @@ def _start(
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "FLOWMILL_PARENT": str(os.getpid()),
+        PARENT: str(os.getpid()),
     }
     # Ranks share the cores: a thread pool of all cores in each would fight over them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     command = [sys.executable, "-m", "launch", *arguments]
     if rank == 0:
-        return subprocess.Popen(command, env=environment)
-    with (logs / f"rank-{rank}.log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        return _Rank(subprocess.Popen(command, env=environment), None, 0)
+    path = logs / f"rank-{rank}.log"
+    with path.open("ab") as log:
+        begin = log.tell()
+        return _Rank(
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log), path, begin
+        )
 
 
-def _watch(processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> int:
-    """Wait for all; on the first failure end the rest and report it on stderr."""
-    failed: int | None = None
+def _wait(ranks: Sequence[_Rank]) -> int | None:
+    """Wait for all, ending the rest when one fails; the rank that failed for a reason of its own."""
+    failed: list[int] = []
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
-        codes = [process.poll() for process in processes]
-        if failed is None and any(codes):
-            failed = next(rank for rank, code in enumerate(codes) if code)
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        if time.monotonic() < deadline:
+            failed += [rank for rank, code in enumerate(codes) if code and rank not in failed]
+        if None not in codes:
+            break
+        if failed and deadline == float("inf"):
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
+            for rank in ranks:
+                rank.process.kill()
         time.sleep(0.05)
-    codes = [process.wait() for process in processes]
-    if not any(codes):
-        return 0
-    rank = failed if failed is not None else next(r for r, code in enumerate(codes) if code)
-    sys.stderr.write(_obituary(rank, codes[rank], logs))
-    return codes[rank] if codes[rank] > 0 else 128 - codes[rank]
+    # A rank may notice that another is gone before that one has ended.
+    return next((rank for rank in failed if codes[rank] != LOST_OTHERS), next(iter(failed), None))
 
 
-def _obituary(rank: int, code: int, logs: Path) -> str:
-    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    if rank == 0:
-        return f"rank 0 ended with {how}\n"
-    log = logs / f"rank-{rank}.log"
-    lines = log.read_text(errors="replace").strip().splitlines()
-    last = f": {lines[-1]}" if lines else ""
-    return f"rank {rank} ended with {how}{last} (its log is {log})\n"
+def _obituary(number: int, code: int, rank: _Rank) -> str:
+    """Why the run ended; what rank 0 had to say stands on the terminal already."""
+    said = rank.said()
+    where = f"; its log is {rank.log}" if rank.log else ""
+    if code == 2:
+        sentences = "".join(f"{line}\n" for line in said if line.startswith("error: "))
+        return sentences + (f"(rank {number} said so{where})\n" if sentences else "")
+    if code < 0:
+        how = f"was ended by signal {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code}{f': {said[-1]}' if said else ''}"
+    return (
+        f"error: rank {number} {how}{where}; the same command goes on from the last checkpoint.\n"
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from flows.models.dit import DiT, forward_flops, parameter_count
 from trainer.assembly import Plan, plan
 from trainer.checkpoints.store import list_checkpoints
 from trainer.recipe import Recipe
-from trainer.run_folder import RunFolder, check_resume
+from trainer.run_folder import RunFolder, check_place, check_resume
 
 GIB = 2**30
 
@@ -31,6 +31,7 @@ def check(recipe: Recipe, world_size: int) -> list[Check]:
     """
     made = plan(recipe, world_size)
     run = RunFolder(Path(recipe.run.dir))
+    check_place(run)
     changed = check_resume(run, recipe)
     with torch.device("meta"):
         parameters = parameter_count(DiT(made.model), trainable_only=True)

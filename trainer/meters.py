@@ -1,12 +1,10 @@
-"""What a step tells about itself without waiting: readings, throughput, loss by time, MFU.
+"""What a step tells about itself without waiting: late readings, and utilisation.
 
 Reading a number that lies on a device stops the host until the device has caught up. `Readout`
 therefore copies the numbers of step s behind the step's own work and hands them out in step s + 1.
 """
 
-import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,72 +80,6 @@ class Readout:
             else:
                 rows[name] = tuple(next(numbers) for _ in range(length))
         return Reading(step, scalars, rows)
-
-
-class TimeBuckets:
-    """Mean loss by flow time: t in [0, 1] cut into equal buckets, summed on the device."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.count = count
-        self._sums = torch.zeros(2, count, dtype=torch.float64, device=device)
-
-    def add(self, time: Tensor, loss: Tensor) -> None:
-        """Sort (batch,) losses into the buckets of their (batch,) times, but for non-finite ones.
-
-        The sum is a comparison and a product, not a scatter: the same bits on every run.
-        """
-        bucket = (time.double() * self.count).long().clamp(0, self.count - 1)
-        edges = torch.arange(self.count, device=time.device)
-        good = torch.isfinite(loss)
-        chosen = ((bucket[:, None] == edges) & good[:, None]).double()
-        values = torch.where(good, loss, 0).double()
-        self._sums += torch.stack([values @ chosen, chosen.sum(0)])
-
-    def drain(self, sum_over_data: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """(buckets,) sums and counts over the data ranks, for a `Readout`; starts again from zero.
-
-        A collective: every rank calls it at the same step.
-        """
-        sums, counts = sum_over_data(self._sums)
-        self._sums = torch.zeros_like(self._sums)
-        return {"time_loss_sum": sums, "time_loss_count": counts}
-
-
-def bucket_means(reading: Reading) -> dict[str, float]:
-    """`loss_by_time/0.3-0.4` -> mean loss, of the buckets that saw a sample."""
-    sums, counts = reading.rows["time_loss_sum"], reading.rows["time_loss_count"]
-    width = 1 / len(sums)
-    return {
-        f"loss_by_time/{i * width:.4g}-{(i + 1) * width:.4g}": total / count
-        for i, (total, count) in enumerate(zip(sums, counts, strict=True))
-        if count
-    }
-
-
-class Throughput:
-    """Samples a second over the last steps, and the seconds left."""
-
-    def __init__(self, batch: int, total_steps: int, window: int) -> None:
-        self.batch, self.total_steps = batch, total_steps
-        self._seconds: deque[float] = deque(maxlen=window)
-        self._step = 0
-
-    def update(self, step: int, seconds: float) -> None:
-        """Step `step` (counted from 1) is done and took `seconds`."""
-        self._step = step
-        self._seconds.append(seconds)
-
-    @property
-    def samples_per_second(self) -> float:
-        """Over the window; nan before the first step."""
-        total = sum(self._seconds)
-        return self.batch * len(self._seconds) / total if total > 0 else math.nan
-
-    @property
-    def eta_seconds(self) -> float:
-        """Until the last step, at the pace of the window; nan before the first step."""
-        left = max(self.total_steps - self._step, 0)
-        return left * self.batch / self.samples_per_second
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

@@ -36,7 +36,8 @@ _STYLE = {
 def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str, log: bool) -> None:
     """Loss (raw and smoothed) over the steps, gradient norm beneath, resumes and skips marked.
 
-    metrics: lines of `metrics.jsonl`; `resumed` marks the first step of a process that resumed
+    metrics: lines of `metrics.jsonl`; `resumed` marks the first step of a process that resumed,
+        `skipped` counts the steps left out so far
     log: logarithmic losses, for losses that are all positive
 
     Raises ValueError if there is no line to draw.
@@ -224,7 +225,10 @@ def _logarithmic(axes: Any, values: NDArray[np.float64]) -> None:
 def _marks(axes: Sequence[Any], metrics: Sequence[Mapping[str, Any]]) -> None:
     """A dashed line where training was resumed, a red tick where a step was skipped."""
     resumed = [m["step"] for m in metrics if m.get("resumed")]
-    skipped = [m["step"] for m in metrics if m.get("skipped")]
+    counts = [m.get("skipped") or 0 for m in metrics]
+    skipped = [
+        m["step"] for m, old, new in zip(metrics, [0, *counts], counts, strict=False) if new > old
+    ]
     for axis in axes:
         for i, step in enumerate(resumed):
             label = "resumed" if i == 0 else None

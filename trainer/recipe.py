@@ -5,6 +5,7 @@ written back, complete, into the run's folder. Nothing in the environment change
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,15 +19,20 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from flows.errors import UserError
+from trainer.refusals import refusals
+from trainer.yaml_text import parse_yaml, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused; values are what YAML says, never silently converted from text."""
+    """Unknown keys, infinite numbers and a yes or no for a number are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -35,18 +41,19 @@ class Section(BaseModel):
     def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes, on and true would pass for the number 1."""
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError(f"{info.field_name} = {value} is a yes or no where a value is wanted")
+        parts = value if isinstance(value, list) else [value]
+        if field.annotation is not bool and any(isinstance(part, bool) for part in parts):
+            raise PydanticCustomError("yes_or_no", "a yes or no")
         return value
 
 
 class RunSection(Section):
-    dir: str = Field(description="folder of this run; a checkpoint in it is resumed")
+    dir: Text = Field(description="folder of this run; a checkpoint in it is resumed")
 
 
 class DataSection(Section):
-    train: str = Field(description="shards to train on: a path or URL with {00..07} braces or *")
-    heldout: str | None = Field(None, description="shards kept for evaluation")
+    train: Text = Field(description="shards to train on: a path or URL with {00..07} braces or *")
+    heldout: Text | None = Field(None, description="shards kept for evaluation")
     image_size: Positive
     channels: Literal[1, 3] = 3
     classes: Positive
@@ -103,7 +110,7 @@ class ObjectiveSection(Section):
 class OptimizerSection(Section):
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Below1, Below1] = (0.9, 0.99)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = Field(100, description="steps of linear warm-up")
@@ -167,12 +174,14 @@ class SampleSection(Section):
 
 class TrackingSection(Section):
     mlflow: bool = True
-    uri: str | None = Field(None, description="null: sqlite file `mlflow.db` beside the run folder")
-    experiment: str = "flowmill"
+    uri: Text | None = Field(
+        None, description="null: sqlite file `mlflow.db` beside the run folder"
+    )
+    experiment: Text = "flowmill"
 
 
 class Recipe(Section):
-    name: str
+    name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     run: RunSection
     data: DataSection
@@ -212,71 +221,51 @@ class Recipe(Section):
             )
         if len(set(self.train.ema)) != len(self.train.ema):
             raise ValueError(f"train.ema = {self.train.ema} names a decay twice; list each once")
-        return self
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without the trap that a key given twice keeps silently the last value."""
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, str):
-            raise UserError(
-                f"line {key_node.start_mark.line + 1}: key {key!r} is not a word; quote it."
+        if self.sample.every and not self.train.ema:
+            raise ValueError(
+                f"sample.every = {self.sample.every} draws from averaged weights and train.ema is "
+                "empty; give train.ema a decay (0.999 is usual), or set sample.every=0"
             )
-        if key in seen:
-            raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice; keep one.")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain data. Raises UserError with the line of a syntax error or of a doubled key."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UserError(
-            f"{where}:{line} is not valid YAML ({problem}); check its indentation and quotes."
-        ) from None
+        return self
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
     """The recipe of a YAML file, or of a shipped name, with `section.key=value` changes.
 
-    Raises UserError naming the file and every key that is wrong.
+    Raises UserError naming the file, or the override, and every key that is wrong.
     """
-    path = find_recipe(source)
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), source)
-    except UnicodeDecodeError:
-        raise UserError(f"{source} is not a text file; give a recipe written in YAML.") from None
+    data = read_yaml(find_recipe(source), source)
     if not isinstance(data, dict):
         raise UserError(
-            f"{source} holds no sections; begin from one of: {', '.join(shipped_recipes())}."
+            f"{source} {'is empty' if data is None else 'holds no sections'}; begin from a recipe "
+            f"that is shipped: {', '.join(shipped_recipes())}."
         )
+    return _changed(data, overrides, source)
+
+
+def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """`recipe` with `section.key=value` changes, checked anew."""
+    return _changed(recipe.model_dump(mode="json"), overrides, "the changed recipe")
+
+
+def _changed(data: dict[str, Any], overrides: list[str], where: str) -> Recipe:
     for override in overrides:
         _apply_override(data, override)
-    return build_recipe(data, source)
+    return build_recipe(data, where, overrides)
 
 
-def build_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """The checked recipe of plain data. Raises UserError, a line for each wrong key."""
+def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe of plain data. Raises UserError, a line for each wrong key.
+
+    overrides: those that `data` came through; a key that one of them set is theirs, not the file's
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [_sentence(item) for item in error.errors(include_url=False, include_context=True)]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+        lines = [
+            f"{_origin(name, overrides) or where}: {line}" for name, line in refusals(error, Recipe)
+        ]
+        raise UserError("\n".join(lines)) from None
 
 
 def shipped_recipes() -> list[str]:
@@ -302,11 +291,13 @@ def find_recipe(source: str) -> Path:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """The complete recipe as YAML: what ran, every default spelled out."""
+    """The complete recipe as YAML: what ran, every default spelled out; whole or not at all."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    path.write_text(
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
         f"# Resolved recipe of this run: every default spelled out.\n{text}", encoding="utf-8"
     )
+    temporary.replace(path)
 
 
 def _shipped_folder() -> Path:
@@ -317,52 +308,29 @@ def _shipped_folder() -> Path:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise UserError(
-            f"Override {override!r} is not section.key=value, for example train.steps=100."
-        )
     *sections, key = name.split(".")
+    if not equals or not all([*sections, key]):
+        raise UserError(
+            f"Override {override!r} is not section.key=value; write it as train.steps=100."
+        )
     place = data
-    for section in sections:
+    for depth, section in enumerate(sections):
         inner = place.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"Override {override!r}: {section} is a value, not a section.")
+            value = ".".join(sections[: depth + 1])
+            raise UserError(
+                f"Override {override!r}: {value} is a value and has no keys; write {value}=VALUE."
+            )
         place = inner
-    place[key] = parse_yaml(text, f"override {override!r}")
+    place[key] = parse_yaml(text, f"Override {override!r}")
 
 
-def _sentence(error: Any) -> str:
-    """One pydantic error as a sentence that names the key and the remedy."""
-    location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
-    kind, message = error["type"], str(error["msg"])
-    if kind == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-            if near
-            else f"valid are: {', '.join(valid)}."
-        )
-        return f"{name} is not a key of a recipe; {hint}"
-    if kind == "missing":
-        return f"{name} is missing; it has no default, so give it a value."
-    if kind == "value_error":
-        prefix = f"{name}: " if name else ""
-        return prefix + message.removeprefix("Value error, ") + "."
-    return f"{name} = {error['input']!r} is refused: {message[0].lower()}{message[1:]}."
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
-
-
-def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """`recipe` with `section.key=value` changes, checked anew."""
-    data = recipe.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(data, override)
-    return build_recipe(data, "the changed recipe")
+def _origin(name: str, overrides: Sequence[str]) -> str | None:
+    """The last override that set the key `name`, something in it, or the section it is in."""
+    wrong = name.replace("[", ".[").split(".")
+    for override in reversed(overrides):
+        given = override.partition("=")[0].split(".")
+        shared = min(len(given), len(wrong))
+        if name and given[:shared] == wrong[:shared]:
+            return f"Override {override!r}"
+    return None

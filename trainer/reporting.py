@@ -16,6 +16,8 @@ from trainer.run_folder import RunFolder
 from trainer.tracking import Silent
 
 GRID_COLUMNS = 10  # samples of a class in a grid
+GRID_ROWS = 12  # steps in the grid over training, evenly spread
+CURVE_POINTS = 4000
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,25 @@ class Quiet:
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None: ...
 
 
+class Curve:
+    """The lines of a loss curve: every one at first, thinner as they grow, resumes always."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._every = 1
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        if line["step"] % self._every and not line.get("resumed"):
+            return
+        kept = ("step", "loss", "grad_norm", "skipped", "resumed")
+        self.lines.append({key: line[key] for key in kept if key in line})
+        if len(self.lines) > CURVE_POINTS:
+            self._every *= 2
+            self.lines = [
+                old for old in self.lines if old["step"] % self._every == 0 or old.get("resumed")
+            ]
+
+
 class Report(Quiet):
     """The report of rank 0: one line a step, a picture now and then."""
 
@@ -51,6 +72,7 @@ class Report(Quiet):
         self._run, self._tracker, self._progress = run, tracker, progress
         self._log = MetricsLog(run.metrics)
         self._recipe = recipe
+        self._curve = Curve()
         self._resumed = False
         self.finished = False
 
@@ -62,6 +84,8 @@ class Report(Quiet):
         self._log.close()
         metrics_log.truncate_after(self._run.metrics, step)
         self._log = MetricsLog(self._run.metrics)
+        for line in metrics_log.read(self._run.metrics):
+            self._curve.append(line)
         self._resumed = step > 0
 
     def close(self) -> None:
@@ -72,6 +96,7 @@ class Report(Quiet):
             line = {**line, "resumed": True}
             self._resumed = False
         self._log.append(line)
+        self._curve.append(line)
         self._tracker.metrics(int(line["step"]), line)
         self._progress.step(line)
 
@@ -80,8 +105,7 @@ class Report(Quiet):
         folder = f"step-{step:08d}"
         manifest = self._run.checkpoints / folder / "manifest.json"
         self._tracker.artifact(manifest, f"checkpoints/{folder}")
-        lines = metrics_log.read(self._run.metrics)
-        pictures.loss_curve(lines, self._run.loss_curve, self._recipe.name, log=False)
+        pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name, log=False)
         self._tracker.artifact(self._run.loss_curve)
         self.note(f"checkpoint at step {step}")
 
@@ -97,10 +121,9 @@ class Report(Quiet):
         np.savez_compressed(path.with_suffix(".npz"), images=pixels.numpy(), labels=labels.numpy())
         picture = path.with_suffix(".png")
         pictures.class_grid(images, labels, self._recipe.data.names, picture, GRID_COLUMNS)
-        rows = [
-            (int(file.stem.removeprefix("step-")), _read_images(file))
-            for file in sorted(self._run.samples.glob("step-*.npz"))
-        ]
+        files = sorted(self._run.samples.glob("step-*.npz"))
+        shown = files[-1 :: -(-(-len(files) // GRID_ROWS))][::-1]
+        rows = [(int(file.stem.removeprefix("step-")), _read_images(file)) for file in shown]
         over_time = self._run.samples / "training.png"
         pictures.training_grids(rows, over_time, 2 * GRID_COLUMNS)
         for each in (picture, over_time):

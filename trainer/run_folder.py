@@ -1,19 +1,22 @@
 """The folder of a run: where everything lies, who may write, and what may change on resume."""
 
+import errno
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flows.errors import UserError
-from trainer.recipe import Recipe, build_recipe, parse_yaml, write_recipe
+from trainer.recipe import Recipe, build_recipe, write_recipe
+from trainer.yaml_text import read_yaml
 
 # What decides the science of a run: a resume that changed one of these would be another run.
 FIXED = (
     "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip",
-    "data.lanes", "data.window", "model", "objective.prediction", "train.batch", "train.ema",
+    "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
 )  # fmt: skip
 
 
@@ -44,6 +47,10 @@ class RunFolder:
         return self.root / "loss.png"
 
     @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -60,9 +67,9 @@ def open_run(folder: str) -> tuple[RunFolder, Recipe]:
         raise UserError(
             f"{folder} is not a run folder (it has no recipe.yaml); give the run.dir of a training."
         )
-    data = parse_yaml(run.recipe.read_text(encoding="utf-8"), str(run.recipe))
+    data = read_yaml(run.recipe, str(run.recipe))
     if not isinstance(data, dict):
-        raise UserError(f"{run.recipe} is empty; restore it or start a new run folder.")
+        raise UserError(f"{run.recipe} is empty; restore it, or begin anew in another run.dir.")
     return run, build_recipe(data, str(run.recipe))
 
 
@@ -79,9 +86,27 @@ def check_resume(run: RunFolder, recipe: Recipe) -> list[str]:
     if fixed and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
         lines = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in fixed)
         raise UserError(
-            f"{run.root} holds another run: {lines}. Give it back its value, or choose a new run.dir."
+            f"run.dir = {run.root} holds another run ({lines}); give back the old value to go on "
+            "with that run, or choose another run.dir."
         )
     return [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed if key != "run.dir"]
+
+
+def check_place(run: RunFolder) -> None:
+    """Raises UserError if the run's folder could not be written, or another process trains in it."""
+    root = run.root.resolve()
+    try:
+        existing = next(path for path in (root, *root.parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(
+                f"run.dir = {run.root} cannot be a folder, for {existing} is a file; choose another."
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with suppress(FileNotFoundError), (root / ".lock").open() as lock:
+            _hold(lock, run)
+    except OSError as error:
+        raise _unwritable(run, error) from None
 
 
 @contextmanager
@@ -95,18 +120,29 @@ def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         lock = (run.root / ".lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"run.dir = {run.root} cannot be written ({error.strerror}); choose another folder."
-        ) from None
+        raise _unwritable(run, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is training in {run.root}; wait for it, or choose another run.dir."
-            ) from None
+        _hold(lock, run)
         write_recipe(recipe, run.recipe)
         yield
+
+
+def _hold(lock: IO[str], run: RunFolder) -> None:
+    """Lock an open file until it is closed, or until this process ends in whatever way."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"Another process is training in run.dir = {run.root}; wait for its end, or choose "
+            "another run.dir."
+        ) from None
+
+
+def _unwritable(run: RunFolder, error: OSError) -> UserError:
+    return UserError(
+        f"run.dir = {run.root} cannot be written ({error.strerror}); choose another folder, or "
+        "change its permissions."
+    )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -103,21 +103,6 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         optimizer=_optimizer_factory(recipe, ranks.device),
         clock=clock,
     )
-    data = recipe.data
-    loader = Loader(
-        made.stream,
-        open_decoder(
-            data.decoder, image_size=data.image_size, channels=data.channels, threads=data.threads,
-            device=ranks.device,
-        ),
-        seed=recipe.seed,
-        batch=recipe.train.batch,
-        rank=engine.data_rank,
-        ranks=engine.data_size,
-        flip=data.flip,
-        prefetch=data.prefetch,
-        device=ranks.device,
-    )  # fmt: skip
     telemetry = Telemetry(
         batch=recipe.train.batch,
         flops=train_flops(made.model),
@@ -126,8 +111,32 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
+    loader = open_loader(made, engine.data_rank, engine.data_size, ranks.device)
     return Parts(
         recipe, run, engine, build_objective(recipe), loader, ema, telemetry, clock, report
+    )
+
+
+def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:
+    """The share of number `rank` of the `ranks` that read different samples, from the first step."""
+    data = made.recipe.data
+    decoder = open_decoder(
+        data.decoder,
+        image_size=data.image_size,
+        channels=data.channels,
+        threads=data.threads,
+        device=device,
+    )
+    return Loader(
+        made.stream,
+        decoder,
+        seed=made.recipe.seed,
+        batch=made.recipe.train.batch,
+        rank=rank,
+        ranks=ranks,
+        flip=data.flip,
+        prefetch=data.prefetch,
+        device=device,
     )
 
 

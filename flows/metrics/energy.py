@@ -11,6 +11,8 @@ def energy_distance(x: Tensor, y: Tensor, *, chunk: int) -> float:
     never negative, is zero for equal sets, and between two finite sets of one distribution is in
     expectation E|X - X'| (1 / n + 1 / m).
 
+    A number that is not finite in either set makes the result not a number.
+
     x: (n, ...), y: (m, ...) of the same shape but for the number of samples
     chunk: rows of the distance matrix held at a time
     """
@@ -19,7 +21,8 @@ def energy_distance(x: Tensor, y: Tensor, *, chunk: int) -> float:
     center = torch.cat((x, y)).mean(dim=0)
     x, y = x - center, y - center
     between, within_x, within_y = (_mean_distance(a, b, chunk) for a, b in ((x, y), (x, x), (y, y)))
-    return max(0.0, (2.0 * between - within_x - within_y).item())
+    distance: float = (2.0 * between - within_x - within_y).clamp(min=0.0).item()
+    return distance
 
 
 def _mean_distance(x: Tensor, y: Tensor, chunk: int) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 OdeSolver = Literal["euler", "heun", "midpoint", "dopri5"]
 VelocityField = Callable[[Tensor, float], Tensor]
@@ -49,6 +48,9 @@ def _midpoint(field: VelocityField, x: Tensor, start: float, end: float) -> Tens
 
 
 def _dopri5(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+    # Brings in half of scipy, which every rank of a training would otherwise wait for.
+    from torchdiffeq import odeint
+
     ends = torch.tensor([start, end], dtype=torch.float64, device=x.device)
     path: Tensor = odeint(
         lambda t, y: field(y, t.item()),

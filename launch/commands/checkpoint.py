@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.table import Table
 from flows.errors import UserError
 from trainer.checkpoints.commit import committed
 from trainer.checkpoints.manifest import MANIFEST
-from trainer.checkpoints.store import Checkpoint, inspect, list_checkpoints
+
+if TYPE_CHECKING:
+    from trainer.checkpoints.store import Checkpoint
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -24,6 +26,9 @@ def list_command(
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run; checks manifests and file sizes, not contents."""
+    # torch takes seconds to import: `flowmill --help` should not.
+    from trainer.checkpoints.store import list_checkpoints
+
     _report(list_checkpoints(_checkpoints_folder(run)), as_json)
 
 
@@ -33,6 +38,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of a run's checkpoints, or of one, and compare checksums."""
+    from trainer.checkpoints.store import inspect, list_checkpoints
+
     if not target.name.startswith("step-") and not (target / MANIFEST).is_file():
         _report(list_checkpoints(_checkpoints_folder(target), checksums=True), as_json)
     else:
@@ -48,7 +55,7 @@ def _checkpoints_folder(run: Path) -> Path:
     raise UserError(f"{run}: {state}; name a run folder (run.dir of its recipe).")
 
 
-def _report(checkpoints: list[Checkpoint], as_json: bool) -> None:
+def _report(checkpoints: "list[Checkpoint]", as_json: bool) -> None:
     """Print `checkpoints`; exit code 1 where one is damaged."""
     if as_json:
         typer.echo(json.dumps([_record(checkpoint) for checkpoint in checkpoints], indent=2))
@@ -63,7 +70,7 @@ def _report(checkpoints: list[Checkpoint], as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _record(checkpoint: Checkpoint) -> dict[str, object]:
+def _record(checkpoint: "Checkpoint") -> dict[str, object]:
     return {
         "step": checkpoint.step,
         "path": str(checkpoint.path),

@@ -13,7 +13,13 @@ from rich.table import Table
 
 from flows.errors import UserError
 from launch.progress import ProgressLine
-from launch.ranks import die_with_parent, joined_by_launcher, run_ranks, world_size_from_launcher
+from launch.ranks import (
+    as_rank,
+    die_with_parent,
+    joined_by_launcher,
+    run_ranks,
+    world_size_from_launcher,
+)
 from trainer.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -49,7 +55,7 @@ def train(
     elif joined or world_size == 1:
         die_with_parent()
         check(loaded, world_size)
-        with ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
+        with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
             run_training(loaded, world_size, progress)
     else:
         check(loaded, world_size)

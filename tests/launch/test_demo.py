@@ -16,7 +16,7 @@ def test_the_demo_kills_resumes_samples_and_evaluates(tmp_path: Path) -> None:
     run = tmp_path / "demo" / "digits"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
-    assert "resuming" in result.stderr and "from step 16" in result.stderr
+    assert f"resuming {run} from step 16" in result.stderr
     for name in ("samples/final.png", "samples/training.png", "loss.png", "evaluation.json"):
         assert (run / name).stat().st_size > 0
         assert name == "evaluation.json" or name in result.stdout

@@ -86,7 +86,7 @@ def test_the_curve_falls_where_the_loss_falls_and_marks_resumes(tmp_path: Path, 
     metrics = [
         {"step": s, "loss": 1.0 if s < 50 else 0.1, "grad_norm": 1.0 / s} for s in range(1, 101)
     ]
-    metrics[30] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": 1}
+    metrics[30] |= {"loss": math.nan, "grad_norm": math.inf}
     loss_curve(metrics, tmp_path / "plain.png", "law", log)
     loss_curve([*metrics[:70], metrics[70] | {"resumed": True}, *metrics[71:]],
                tmp_path / "resumed.png", "law", log)  # fmt: skip
@@ -96,6 +96,13 @@ def test_the_curve_falls_where_the_loss_falls_and_marks_resumes(tmp_path: Path, 
     early, late = blue[blue[:, 1] < 400], blue[blue[:, 1] > 900]
     late = late[late[:, 0] > 200]  # not the legend
     assert np.median(early[:, 0]) + 100 < np.median(late[:, 0])
+    counted = [m | {"skipped": int(m["step"] > 30) + int(m["step"] > 60)} for m in metrics]
+    loss_curve(counted, tmp_path / "skipped.png", "law", log)
+    skipped = _pixels(tmp_path / "skipped.png")
+    red = (skipped[..., 0] > 150) & (skipped[..., 1] < 100) & (skipped[..., 2] < 100)
+    foot = red[300:].any(axis=0)  # under the legend
+    ticks = np.count_nonzero(foot[1:] & ~foot[:-1])
+    assert ticks == 2, "a tick where the count grew, not wherever it is above zero"
     changed = np.argwhere((plain != resumed).any(axis=2))
     # The dashed line stands at 70 % of the axis; the legend's new entry is elsewhere.
     assert np.any(np.abs(changed[:, 1] / plain.shape[1] - 0.72) < 0.03)

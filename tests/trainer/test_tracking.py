@@ -19,10 +19,12 @@ from mlflow import MlflowClient
 
 from flows.errors import UserError
 from trainer.tracking import Tracker, start
+from trainer.tracking.outbox import Outbox
 from trainer.tracking.redact import flatten, redact, redact_text, safe_name
 from trainer.tracking.tracker import Pace
 
 QUICK = Pace(interval=0.05, first_retry=0.1, longest_retry=0.4)
+PATIENT = 60.0  # a busy machine may need long to make the tables of a new database
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,13 @@ def test_a_run_arrives_whole(sqlite: str, tmp_path: Path) -> None:
     tracker.environment(2, torch.device("cpu"))
     for step in range(1, 1501):
         tracker.metrics(step, {"step": step, "loss": 1 / step, "seconds": {"forward": 0.1}})
+    tracker.metrics(1500, {"by_time": [0.5, None, 0.25], "resumed": True, "mfu": None})
     tracker.metrics(1501, {"loss": math.nan, "note": "text is no metric"})
     tracker.artifact(picture, "pictures")
     tracker.artifact(manifest)
-    tracker.close("FINISHED")
+    tracker.close("FINISHED", PATIENT)
 
-    assert warnings == []
+    assert warnings == [], warnings
     client = MlflowClient(tracking_uri=sqlite)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
@@ -67,6 +70,8 @@ def test_a_run_arrives_whole(sqlite: str, tmp_path: Path) -> None:
     assert losses[:-1] == [(step, 1 / step) for step in range(1, 1501)]
     assert math.isnan(losses[-1][1])
     assert len(_history(sqlite, tracker.run_id, "seconds/forward")) == 1500
+    assert _history(sqlite, tracker.run_id, "by_time/2") == [(1500, 0.25)]
+    assert set(run.data.metrics) == {"loss", "seconds/forward", "by_time/0", "by_time/2"}
     names = {a.path for a in client.list_artifacts(tracker.run_id)}
     assert names == {"pictures", "manifest.json", "recipe.yaml"}
     for name in ("manifest.json", "recipe.yaml"):
@@ -81,13 +86,13 @@ def test_a_resumed_run_goes_on_and_repeats_nothing(sqlite: str, tmp_path: Path) 
     first.recipe({"steps": 10, "seed": 1})
     for step in range(1, 9):
         first.metrics(step, {"loss": 1.0})
-    first.close("FAILED")
+    first.close("FAILED", PATIENT)
 
     second = _start(tmp_path, sqlite)
     second.recipe({"steps": 20, "seed": 1})
     for step in range(5, 21):
         second.metrics(step, {"loss": 2.0})
-    second.close("FINISHED")
+    second.close("FINISHED", PATIENT)
 
     assert second.run_id == first.run_id
     run = MlflowClient(tracking_uri=sqlite).get_run(second.run_id)
@@ -126,8 +131,29 @@ def test_a_killed_process_loses_and_repeats_nothing(sqlite: str, tmp_path: Path)
     tracker = _start(tmp_path, sqlite)
     for step in range(40, 801):
         tracker.metrics(step, {"loss": float(step)})
-    tracker.close("FINISHED")
+    tracker.close("FINISHED", PATIENT)
     assert _history(sqlite, tracker.run_id, "loss") == [(s, float(s)) for s in range(1, 801)]
+
+
+def test_what_was_sent_but_never_answered_is_not_doubled(sqlite: str, tmp_path: Path) -> None:
+    """The run and its metrics are in the store, but the process died before it could note so."""
+    outbox = Outbox(tmp_path, sqlite)
+    for step in range(1, 21):
+        outbox.metrics(step, {"loss": 1 / step}, time_ms=1000 + step)
+    outbox.close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first = _start(tmp_path, sqlite)
+    first.close("FAILED", PATIENT)
+    for path in tmp_path.glob("mlflow-*"):
+        path.unlink()
+    for path, content in before.items():
+        path.write_bytes(content)
+
+    second = _start(tmp_path, sqlite)
+    second.metrics(21, {"loss": 1 / 21})
+    second.close("FINISHED", PATIENT)
+    assert second.run_id == first.run_id
+    assert _history(sqlite, second.run_id, "loss") == [(s, 1 / s) for s in range(1, 22)]
 
 
 def test_another_store_gets_a_run_of_its_own(sqlite: str, tmp_path: Path) -> None:
@@ -135,11 +161,11 @@ def test_another_store_gets_a_run_of_its_own(sqlite: str, tmp_path: Path) -> Non
     folder.mkdir()
     first = _start(folder, sqlite)
     first.metrics(1, {"loss": 1.0})
-    first.close("FINISHED")
+    first.close("FINISHED", PATIENT)
     other = f"sqlite:///{tmp_path}/other.db"
     second = _start(folder, other)
     second.metrics(1, {"loss": 1.0})
-    second.close("FINISHED")
+    second.close("FINISHED", PATIENT)
     assert second.run_id != first.run_id
     assert _history(other, second.run_id, "loss") == [(1, 1.0)]
 
@@ -194,14 +220,13 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     picture = folder / "grid.png"
     picture.write_bytes(b"\x89PNG")
     warnings: list[str] = []
-    longest = 0.0
+    waits: list[float] = []
 
     def train(tracker: Tracker, steps: range, until: Any = lambda: False) -> int:
-        nonlocal longest
         for step in steps:
             before = time.perf_counter()
             tracker.metrics(step, {"loss": 1 / step, "grad_norm": float(step)})
-            longest = max(longest, time.perf_counter() - before)
+            waits.append(time.perf_counter() - before)
             time.sleep(0.002)
             if until():
                 return step
@@ -230,9 +255,12 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     server.wait()
     resumed = _start(folder, server.uri, warnings)
     train(resumed, range(step - 10, step + 11))
-    resumed.close("FINISHED")
+    resumed.close("FINISHED", PATIENT)
     assert len(warnings) == 1, warnings
-    assert longest < 0.05
+    # The calls that touched the network would take seconds; that an operating system with more to do
+    # than cores takes the core away for a moment is nobody's fault.
+    assert sorted(waits)[int(len(waits) * 0.99)] < 0.05
+    assert max(waits) < 0.5
     client = MlflowClient(tracking_uri=server.uri)
     runs = client.search_runs([client.get_experiment_by_name("law").experiment_id])
     assert [(run.info.run_id, run.info.status) for run in runs] == [(resumed.run_id, "FINISHED")]
@@ -297,8 +325,8 @@ def test_names_and_values_fit_mlflows_limits(sqlite: str, tmp_path: Path) -> Non
     tracker = _start(tmp_path, sqlite, warnings)
     tracker.recipe({f"key{i}": "y" * 7000 for i in range(150)})
     tracker.metrics(1, {"loss (t=0.1)%": 1.0, "z" * 300: 1.0})
-    tracker.close("FINISHED")
-    assert warnings == []
+    tracker.close("FINISHED", PATIENT)
+    assert warnings == [], warnings
     run = MlflowClient(tracking_uri=sqlite).get_run(tracker.run_id)
     assert {len(value) for value in run.data.params.values()} == {6000}
     assert len(run.data.params) == 150

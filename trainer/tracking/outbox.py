@@ -58,7 +58,9 @@ class Outbox:
         """
         self.path = folder / "mlflow-spool.jsonl"
         self._state_path = folder / "mlflow-state.json"
-        self._state = self._load(hashlib.sha256(uri.encode()).hexdigest()[:16])
+        # Kept before a run is created under its key, so that even a creation whose answer was lost
+        # is found again.
+        self.save(self._load(hashlib.sha256(uri.encode()).hexdigest()[:16]))
         metrics_log.cut_torn_tail(self.path)
         self._lock = threading.Lock()
         self._read = 0

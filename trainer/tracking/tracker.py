@@ -8,7 +8,7 @@ the run is resumed. Used on rank 0 alone.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -130,15 +130,15 @@ class Tracker(Silent):
         self._outbox.put({"kind": "tags", "values": values})
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of one step, nested or flat; what is not a number is left out.
+        """Numbers of one step, nested or in rows (`name/0`, `name/1`, ...); all else is left out.
 
         A step this run has already logged under the same name is not logged again: after a resume,
         the steps since the checkpoint come a second time.
         """
         flat = {
             safe_name(name.replace(".", "/")): float(value)
-            for name, value in flatten(values)
-            if isinstance(value, (int, float)) and name != "step"
+            for name, value in _numbers(values)
+            if name != "step"
         }
         self._outbox.metrics(step, flat, _now())
 
@@ -197,6 +197,15 @@ class Tracker(Silent):
                 f"MLflow does not take this run's records for now ({reason}); training goes on: "
                 f"they are kept in {self._outbox.path} and sent when it answers or on resume."
             )
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in flatten(values):
+        row = enumerate(value) if isinstance(value, (list, tuple)) else None
+        named = [(f"{name}/{i}", v) for i, v in row] if row else [(name, value)]
+        for pair in named:
+            if isinstance(pair[1], (int, float)) and not isinstance(pair[1], bool):
+                yield pair
 
 
 def _now() -> int:
