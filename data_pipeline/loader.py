@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.augment import draw_flips
 from data_pipeline.decode.decoder import Decoder
+from data_pipeline.index import IMAGES
 from data_pipeline.samples import Samples
 from data_pipeline.stream import Stream
 from flows.batch import Batch
@@ -223,14 +224,23 @@ class Loader:
 
 
 def read_all(
-    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
+    pattern: str,
+    decoder: Decoder,
+    *,
+    classes: int,
+    limit: int | None,
+    batch: int,
+    members: Sequence[str] = IMAGES,
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
+    batch: images decoded at a time
+    members: extensions of the members that are images, or of what stands for them
+
+    Returns images (samples, channels, image_size, image_size) in
     [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes)
+    contents = Samples(pattern, classes=classes, members=members)
     counts = np.array(contents.sizes)
     shard = np.repeat(np.arange(len(counts)), counts)
     sample = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -12,6 +12,7 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
+from trainer.latents import check_latents, members
 from trainer.recipe import Recipe
 
 
@@ -50,7 +51,9 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_config(recipe)
     with torch.device("meta"):
         DiT(model)
-    return Plan(recipe, layout, model, training_stream(recipe))
+    stream = training_stream(recipe)
+    check_latents(recipe, stream.contents.urls)
+    return Plan(recipe, layout, model, stream)
 
 
 def model_config(recipe: Recipe) -> DiTConfig:
@@ -73,7 +76,12 @@ def training_stream(recipe: Recipe) -> Stream:
     """The endless global order of the training shards."""
     data = recipe.data
     return open_stream(
-        data.train, classes=data.classes, seed=recipe.seed, lanes=data.lanes, window=data.window
+        data.train,
+        classes=data.classes,
+        seed=recipe.seed,
+        lanes=data.lanes,
+        window=data.window,
+        members=members(recipe),
     )
 
 

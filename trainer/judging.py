@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import read_all
+from data_pipeline.shards import expand
 from flows.errors import UserError
+from parallel.processes import choose_device
 from trainer.evaluation import Evaluation, evaluate
+from trainer.latents import members, open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.sampling import Samples, sample_checkpoint
@@ -25,24 +27,25 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (_images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout))
+    train, heldout = (
+        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
+    )
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
 def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
     """All images and labels of `shards`, decoded as the training decodes them."""
-    data = recipe.data
-    decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=torch.device("cpu"),
-    )
+    decoder = open_reader(recipe, expand(shards), torch.device("cpu"))
     try:
-        return read_all(
-            shards, decoder, classes=data.classes, limit=None, batch=DECODED_AT_ONCE
+        images, labels = read_all(
+            shards,
+            decoder,
+            classes=recipe.data.classes,
+            limit=None,
+            batch=DECODED_AT_ONCE,
+            members=members(recipe),
         )
     finally:
         decoder.close()
+    return to_images(recipe, images, choose_device("auto", 0)), labels

@@ -15,7 +15,7 @@ from trainer.yaml_text import read_yaml
 
 # What decides the science of a run: a resume that changed one of these would be another run.
 FIXED = (
-    "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip",
+    "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.flip", "data.latents",
     "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
 )  # fmt: skip
 

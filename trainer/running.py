@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
 from flows.models.dit import DiT, train_flops
 from parallel.clock import Clock
@@ -27,6 +26,7 @@ from parallel.processes import Ranks, start, stop
 from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
+from trainer.latents import open_reader
 from trainer.loop import Parts, checkpoint_tensors, train
 from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe
@@ -120,13 +120,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
 def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
-    decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=device,
-    )
+    decoder = open_reader(made.recipe, made.stream.contents.urls, device)
     return Loader(
         made.stream,
         decoder,

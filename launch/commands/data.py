@@ -9,10 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.commands.encode import encode
+
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
 
-app = typer.Typer(help="Pack, index and verify WebDataset shards.", no_args_is_help=True)
+app = typer.Typer(help="Pack, index, encode and verify WebDataset shards.", no_args_is_help=True)
+app.command()(encode)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Pattern = Annotated[

@@ -1,0 +1,107 @@
+"""Arrays as members of shards, and latents in the place of images."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.description import Latents, folder_of, read_description
+from flows.errors import UserError
+
+LATENT, TEXT, POOLED = "latent.npy", "text.npy", "pooled.npy"
+
+
+def write_array(values: NDArray[np.generic]) -> bytes:
+    """A `.npy` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(values), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_array(content: bytes, name: str) -> NDArray[np.floating]:
+    """The numbers of a `.npy` file, not copied; raises UserError naming it if it is damaged."""
+    stream = io.BytesIO(content)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("it is not of format 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if fortran or dtype.kind != "f":
+            raise ValueError(f"its numbers are {dtype}")
+        return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f"{name}: its array ({len(content)} bytes) is damaged: {error}; encode its shard again"
+        ) from error
+
+
+def latents_of(urls: Sequence[str]) -> Latents:
+    """What the latents in some shards are, by the `dataset.json` beside them.
+
+    Raises UserError if that is missing, or says different things in different folders.
+    """
+    found: dict[str, Latents] = {}
+    for folder in sorted({folder_of(url) for url in urls}):
+        description = read_description(folder)
+        if description is None or description.latents is None:
+            raise UserError(
+                f"{folder}: has no dataset.json that describes latents; make the shards by `flowmill "
+                "data encode`, and let it end"
+            )
+        found[folder] = description.latents
+    first, *others = found
+    for other in others:
+        if _alike(found[first]) != _alike(found[other]):
+            raise UserError(
+                f"{other}: its latents were not made as those in {first}; encode both alike"
+            )
+    return found[first]
+
+
+def _alike(latents: Latents) -> dict[str, object]:
+    return latents.model_dump(exclude={"mean", "std"})
+
+
+class LatentDecoder:
+    """A `Decoder` of latents: they are read, not computed, and cannot be mirrored."""
+
+    name = "latents"
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+
+    def decode(
+        self, encoded: Sequence[bytes], *, flip: NDArray[np.bool_], names: Sequence[str]
+    ) -> Tensor:
+        """(batch, channels, height, width) float32 latents, shifted and scaled for a model.
+
+        Raises UserError naming a latent that is damaged or of another shape.
+        """
+        if flip.any():
+            raise UserError("latents cannot be mirrored; set data.flip = 0")
+        read = [self._read(content, name) for content, name in zip(encoded, names, strict=True)]
+        stacked = torch.from_numpy(np.stack(read).astype(np.float32))
+        return scaled(stacked, shift=self.latents.shift, scale=self.latents.scale)
+
+    def close(self) -> None: ...
+
+    def _read(self, content: bytes, name: str) -> NDArray[np.floating]:
+        values = read_array(content, name)
+        if values.shape != self.latents.shape:
+            raise UserError(
+                f"{name}: its latent has shape {values.shape}, and dataset.json says "
+                f"{self.latents.shape}; encode its shard again"
+            )
+        return values
+
+
+def scaled(latents: Tensor, *, shift: float, scale: float) -> Tensor:
+    """Latents as a model is trained on them."""
+    return (latents - shift) * scale
+
+
+def unscaled(latents: Tensor, *, shift: float, scale: float) -> Tensor:
+    """The inverse of `scaled`."""
+    return latents / scale + shift
