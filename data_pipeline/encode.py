@@ -34,6 +34,7 @@ from data_pipeline.encoders.job import Done, Job, Settings
 from data_pipeline.encoders.shard import encode_shard
 from data_pipeline.encoders.texts import TextEncoder
 from data_pipeline.index import sign
+from data_pipeline.moments import Moments
 from data_pipeline.shards import expand, resolve
 from data_pipeline.storing import sha256_of, write_text
 from flows.errors import UserError
@@ -229,9 +230,9 @@ def _describe_latents(job: Job, done: list[Done]) -> Latents | None:
     side = job.settings.image_size
     if job.autoencoder is None or side is None or not encoded:
         return None
-    count = sum(record.count for record in encoded)
-    mean = np.sum([record.total for record in encoded], axis=0) / count
-    squares = np.sum([record.squares for record in encoded], axis=0) / count
+    moments = Moments()
+    for record in encoded:
+        moments.join(Moments(record.count, np.array(record.total), np.array(record.squares)))
     channels, height, width = encoded[0].shape
     return Latents(
         autoencoder=job.autoencoder.fingerprint,
@@ -242,8 +243,8 @@ def _describe_latents(job: Job, done: list[Done]) -> Latents | None:
         posterior=job.settings.posterior,
         shift=job.autoencoder.shift,
         scale=job.autoencoder.scale,
-        mean=tuple(mean.tolist()),
-        std=tuple(np.sqrt(np.maximum(squares - mean**2, 0)).tolist()),
+        mean=tuple(moments.mean),
+        std=tuple(moments.std),
     )
 
 

@@ -39,7 +39,7 @@ class Autoencoder:
         self.device = device
         self.fingerprint = fingerprint(folder)
         self._dtype = DTYPES[precision]
-        self._model: Any = _load(folder, self._dtype).to(device)
+        self._model = _load(folder, self._dtype).to(device)
         config = self._model.config
         self.image_channels = int(config["in_channels"])
         if self.image_channels not in (1, 3):
@@ -69,7 +69,7 @@ class Autoencoder:
         return images.float()
 
 
-def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _load(folder: Path, dtype: torch.dtype) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -88,5 +88,4 @@ def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     except DAMAGE as error:
         raise UserError(f"{folder}: the autoencoder cannot be loaded ({error})") from error
     check_complete(folder, report["missing_keys"])
-    frozen: torch.nn.Module = model.eval().requires_grad_(False)
-    return frozen
+    return model.eval().requires_grad_(False)

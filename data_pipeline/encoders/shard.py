@@ -17,6 +17,7 @@ from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Done, Job
 from data_pipeline.index import IMAGES
 from data_pipeline.latents import LATENT, POOLED, TEXT, write_array
+from data_pipeline.moments import Moments
 from data_pipeline.pack import add
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.sources.source import Sample
@@ -51,20 +52,9 @@ class Tally:
 
     samples: int = 0
     shape: tuple[int, ...] = ()
-    count: int = 0
-    total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    moments: Moments = field(default_factory=Moments)
     captions_cut: int = 0
     dropped: list[str] = field(default_factory=list)
-
-    def add_latents(self, latents: NDArray[np.floating]) -> None:
-        """(batch, channels, height, width) as they are stored."""
-        exact = latents.astype(np.float64)
-        zero = np.zeros(exact.shape[1])
-        self.shape = exact.shape[1:]
-        self.count += exact.size // exact.shape[1]
-        self.total = (self.total if self.total.size else zero) + exact.sum((0, 2, 3))
-        self.squares = (self.squares if self.squares.size else zero) + (exact**2).sum((0, 2, 3))
 
 
 def encode_shard(job: Job, source: str, out: str, mark: str, checksum: str) -> Done:
@@ -95,9 +85,9 @@ def encode_shard(job: Job, source: str, out: str, mark: str, checksum: str) -> D
         source_sha256=checksum,
         shard=shard,
         shape=tally.shape,
-        count=tally.count,
-        total=tuple(tally.total.tolist()),
-        squares=tuple(tally.squares.tolist()),
+        count=tally.moments.count,
+        total=tuple(tally.moments.total.tolist()),
+        squares=tuple(tally.moments.squares.tolist()),
         captions_cut=tally.captions_cut,
         dropped=tuple(tally.dropped),
     )
@@ -175,7 +165,8 @@ def _encode(job: Job, loaded: Loaded, tally: Tally) -> list[Sample]:
         latents = _stored(
             job, _latents(job, job.autoencoder, loaded.images, loaded.samples), loaded.names
         )
-        tally.add_latents(latents)
+        tally.shape = latents.shape[1:]
+        tally.moments.add(latents)
         _put(made, LATENT, latents)
     if job.text is not None:
         embedded = job.text.encode([s.members[CAPTION].decode() for s in loaded.samples])

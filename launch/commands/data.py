@@ -23,6 +23,8 @@ Pattern = Annotated[
 ]
 # A damaged data set can have a problem a sample; the rest is in --json.
 SHOWN_PROBLEMS = 20
+SHOWN_SIZES = 12
+BAR = 24  # characters of the longest bar of a histogram
 
 
 @app.command()
@@ -103,7 +105,7 @@ def verify(
 
     report = verifier.verify(pattern, classes=classes)
     if as_json:
-        _print_json(vars(report))
+        _print_json(report.to_dict())
     else:
         _print_report(pattern, report)
     if picture is not None and not report.problems:
@@ -116,10 +118,21 @@ def _print_report(pattern: str, report: "Report") -> None:
     console = Console()
     table = Table("what", "value", title=pattern)
     table.add_row("shards", f"{report.shards:,}")
+    table.add_row("checksums as in dataset.json", f"{report.checksums:,}")
     table.add_row("samples", f"{report.samples:,}")
+    table.add_row("captions", f"{report.captions:,}")
     table.add_row("image bytes", f"{report.bytes:,}")
-    for size, count in report.sizes.most_common():
+    for size, count in report.sizes.most_common(SHOWN_SIZES):
         table.add_row(f"images {size}", f"{count:,}")
+    if len(report.sizes) > SHOWN_SIZES:
+        table.add_row("images of other sizes", f"{len(report.sizes) - SHOWN_SIZES:,} sizes")
+    most = max(report.shorter_sides.values(), default=1)
+    for side, count in sorted(report.shorter_sides.items()):
+        bar = "█" * -(-BAR * count // most)
+        table.add_row(f"shorter side {side} to {2 * side - 1}", f"{bar} {count:,}")
+    for name, moments in report.moments.items():
+        for what, values in (("mean", moments.mean), ("deviation", moments.std)):
+            table.add_row(f"{name} {what}", " ".join(f"{value:.4g}" for value in values))
     for label, count in sorted(report.labels.items()):
         table.add_row(f"class {label}", f"{count:,}")
     table.add_row("problems", f"{len(report.problems):,}")

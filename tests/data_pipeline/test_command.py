@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from data_pipeline.index import SUFFIX
@@ -38,7 +39,12 @@ def test_pack_index_verify(tmp_path):
         run("verify", f"{folder}/*.tar", "--classes", "10", "--json", "--picture", str(picture))
     )
     assert (report["shards"], report["samples"], report["problems"]) == (4, 1797, [])
+    assert report["checksums"] == 4
     assert report["sizes"] == {"L 8x8": 1797}
+    assert report["shorter_sides"] == {"8": 1797}
+    pixels = np.rint(load_digits().images * (255 / 16)) / 127.5 - 1
+    assert report["moments"]["L"]["mean"] == pytest.approx([pixels.mean()])
+    assert report["moments"]["L"]["std"] == pytest.approx([pixels.std()])
     assert sum(report["labels"].values()) == 1797
     assert sorted(report["labels"]) == [str(n) for n in range(10)]
     pixels = np.asarray(Image.open(picture))

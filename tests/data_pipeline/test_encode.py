@@ -1,14 +1,19 @@
 """Encoding: once, whatever is missing, the same on any number of ranks, never by a network from afar."""
 
+import io
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -19,14 +24,18 @@ from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Settings
 from data_pipeline.encoders.texts import TextEncoder
 from data_pipeline.index import scan
-from data_pipeline.latents import read_array
+from data_pipeline.latents import read_array, write_array
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.storing import sha256_of
+from data_pipeline.verify import draw_grid, verify
 from flows.errors import UserError
 from launch.commands.data import app
 from tests import networks
 from tests.data_pipeline.conftest import grey, image_file, write_tar
 
+# A `.npy` file of an object, which only unpickling could read.
+PICKLE = io.BytesIO()
+np.save(PICKLE, np.array([{}], object), allow_pickle=True)
 CPU = torch.device("cpu")
 SIDE = 8
 PLAIN = Settings(
@@ -81,12 +90,13 @@ def run(
     ranks: int = 1,
     batch: int = 2,
     skip_bad: bool = False,
+    device: torch.device = CPU,
     **changes: object,
 ) -> Outcome:
     job = open_job(
         [pattern], str(out), PLAIN.model_copy(update=changes),
         autoencoder=nets / vae if vae else None, text=nets / text if text else None,
-        threads=1, batch=batch, skip_bad=skip_bad, device=CPU,
+        threads=1, batch=batch, skip_bad=skip_bad, device=device,
     )  # fmt: skip
     return encode(job, rank=rank, ranks=ranks, report=lambda name, outcome: None)
 
@@ -393,3 +403,88 @@ def test_grey_images_can_stay(nets: Path, tmp_path: Path) -> None:
     url = write_tar(tmp_path / "a.tar", [("0.png", grey(7, 8)), ("0.cls", b"1")])
     run(nets, url, tmp_path / "out", keep_images=True)
     assert scan(str(tmp_path / "out" / "a.tar")).extensions == ("cls", "latent.npy", "png")
+
+
+def test_verify_looks_into_latents_and_embeddings(nets: Path, sources: str, tmp_path: Path) -> None:
+    out, image = tmp_path / "out", tmp_path / "grid.png"
+    run(nets, sources, out, text="clip")
+    report = verify(f"{out}/*.tar", classes=3)
+    assert (report.problems, report.checksums, report.samples, report.captions) == ([], 3, 12, 12)
+    latents = described(out).latents
+    assert latents is not None
+    np.testing.assert_allclose(report.moments["latent.npy"].mean, latents.mean, rtol=1e-9)
+    np.testing.assert_allclose(report.moments["latent.npy"].std, latents.std, rtol=1e-9)
+    draw_grid(f"{out}/*.tar", image)
+    assert np.asarray(Image.open(image))[4:60, 4:60].std() > 30
+    damaged = {
+        "0000.latent.npy": write_array(np.zeros((4, 4, 3), np.float32)),
+        "0001.latent.npy": write_array(np.full((4, 4, 4), np.nan, np.float32)),
+        "0002.latent.npy": write_array(np.zeros((4, 4, 4), np.float32))[:-1],
+        "0003.text.npy": write_array(np.zeros((13, 8), np.float32)),
+        "0004.pooled.npy": PICKLE.getvalue(),
+    }
+    with tarfile.open(out / "train-0.tar") as archive:
+        old = [(m.name, archive.extractfile(m)) for m in archive.getmembers()]
+        members = [(name, damaged.get(name) or file.read()) for name, file in old if file]
+    write_tar(out / "train-0.tar", members)
+    problems = verify(f"{out}/*.tar", classes=3).problems
+    expected = [
+        "train-0.tar: its content is not what dataset.json says (sha256)",
+        "sample 0000: latent.npy has shape (4, 4, 3), which dataset.json does not describe",
+        "sample 0001: latent.npy has numbers that are not finite",
+        "sample 0002: latent.npy: its array (383 bytes) is damaged",
+        "sample 0003: text.npy has shape (13, 8), which dataset.json does not describe",
+        "sample 0004: pooled.npy: its array",
+    ]
+    assert len(problems) == len(expected)
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem
+
+
+@pytest.mark.slow
+def test_ranks_of_the_command_line(nets: Path, sources: str, tmp_path: Path) -> None:
+    """Two processes that know of each other by RANK and WORLD_SIZE alone."""
+    run(nets, sources, tmp_path / "one")
+    words = ["data", "encode", sources, "two", "--autoencoder", str(nets / "vae"), "--batch", "2"]
+    words += [
+        "--image-size",
+        "8",
+        "--max-tokens",
+        "12",
+        "--decoder",
+        "pillow",
+        "--ranks",
+        "2",
+        "--json",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for line in ("2 of 2 shards (2 made, 0 kept)", "2 of 2 shards (0 made, 2 kept)"):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"rank 0: train-2.tar, {line}" in done.stderr
+        assert len(json.loads(done.stdout)["shards"]) == 3
+        assert content(tmp_path / "two") == content(tmp_path / "one")
+    log = (tmp_path / "two" / "logs" / "rank-1.log").read_text()
+    assert "rank 1: train-1.tar, 1 of 1 shards (1 made, 0 kept)" in log
+
+
+@pytest.mark.gpu
+def test_a_gpu_encodes_as_the_cpu_does(nets: Path, sources: str, tmp_path: Path) -> None:
+    for name, device in (("cpu", CPU), ("gpu", torch.device("cuda"))):
+        run(nets, sources, tmp_path / name, text="t5", posterior="sample", device=device)
+    cpu, gpu = (
+        TarSource(f"{tmp_path}/{name}/*.tar", label_field=None, caption_field=None)
+        for name in ("cpu", "gpu")
+    )
+    for number in range(len(cpu)):
+        for member in ("latent.npy", "text.npy"):
+            a, b = (read_array(s[number].members[member], "") for s in (cpu, gpu))
+            # TF32 convolutions keep ten bits.
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-3)
