@@ -12,9 +12,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data_pipeline.decode.pillow import load
+from data_pipeline.description import folder_of, read_description
 from data_pipeline.pack import open_source, pack
 from data_pipeline.samples import Samples
 from data_pipeline.shards import expand
+from data_pipeline.storing import sha256_of
 from flows.errors import UserError
 from tests.data_pipeline.conftest import sample, write_tar
 
@@ -164,3 +166,12 @@ def test_embedded_images_need_no_conversion():
         every = np.arange(len(contents))
         images = contents.read(np.zeros_like(every), every).images
         assert {Image.open(io.BytesIO(image)).mode for image in images} == {mode}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("digits28", 10), ("emoji64", 9), ("digits8", 10)])
+def test_embedded_shards_are_those_of_their_description(name, classes):
+    urls = expand(f"embedded:{name}/*.tar")
+    about = read_description(folder_of(urls[0]))
+    found = {Path(url).name: sha256_of(url) for url in urls}
+    assert {shard: facts.sha256 for shard, facts in about.shards.items()} == found
+    assert len(about.class_names) == classes
