@@ -297,7 +297,8 @@ def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{_origin(name, overrides) or where}: {line}" for name, line in refusals(error, Recipe)
+            f"{'command line' if _overridden(name, overrides) else where}: {line}"
+            for name, line in refusals(error, Recipe)
         ]
         raise UserError("\n".join(lines)) from None
 
@@ -345,7 +346,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *sections, key = name.split(".")
     if not equals or not all([*sections, key]):
         raise UserError(
-            f"Override {override!r} is not section.key=value; write it as train.steps=100."
+            f"command line: {override!r} is not section.key=value; write it as in train.steps=100."
         )
     place = data
     for depth, section in enumerate(sections):
@@ -353,18 +354,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             value = ".".join(sections[: depth + 1])
             raise UserError(
-                f"Override {override!r}: {value} is a value and has no keys; write {value}=VALUE."
+                f"command line: {override!r} sets a key in {value}, which is a value; "
+                f"write {value}=VALUE."
             )
         place = inner
-    place[key] = parse_yaml(text, f"Override {override!r}")
+    place[key] = parse_yaml(text, f"command line: {override!r}")
 
 
-def _origin(name: str, overrides: Sequence[str]) -> str | None:
-    """The last override that set the key `name`, something in it, or the section it is in."""
-    wrong = name.replace("[", ".[").split(".")
-    for override in reversed(overrides):
-        given = override.partition("=")[0].split(".")
-        shared = min(len(given), len(wrong))
-        if name and given[:shared] == wrong[:shared]:
-            return f"Override {override!r}"
-    return None
+def _overridden(name: str, overrides: Sequence[str]) -> bool:
+    """Whether an override set the key `name`, something in it, or the section it is in."""
+    wrong = name.split(".")
+    given = [override.partition("=")[0].split(".") for override in overrides]
+    return name != "" and any(wrong[: len(keys)] == keys[: len(wrong)] for keys in given)

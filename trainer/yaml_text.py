@@ -34,7 +34,7 @@ _Loader.yaml_implicit_resolvers = {
 # YAML 1.1 wants a dot and a sign in `1.0e-3`; 1.2 and everybody else do not.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 

@@ -43,7 +43,8 @@ def open_npz(path: str) -> ArraySource:
             images, labels = arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: not an .npz file with plain arrays `images` and `labels` ({error})"
+            f"{path}: no .npz file with arrays `images` and `labels`, without pickles, is there; "
+            "write one by numpy.savez_compressed"
         ) from error
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
     if images.dtype != np.uint8 or not (grey or colour):

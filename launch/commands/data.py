@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.errors import UserError
 from launch.commands.encode import encode
+from launch.commands.sample import check_picture
 
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
@@ -63,7 +65,15 @@ def pack(
     samples = packer.open_source(
         source, label_field=label_field, caption_field=caption_field, image_field=image_field
     )
-    written = packer.pack(samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle)
+    try:
+        written = packer.pack(
+            samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle
+        )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: shards cannot be written there ({error.strerror}); give a "
+            "folder with room, or a path where one can be made."
+        ) from error
     if as_json:
         _print_json([asdict(shard) | {"path": str(shard.path)} for shard in written])
         return
@@ -103,6 +113,8 @@ def verify(
     """Decode every sample; exit code 1 if anything is wrong with any."""
     from data_pipeline import verify as verifier
 
+    if picture is not None:
+        check_picture("--picture", picture)
     report = verifier.verify(pattern, classes=classes)
     if as_json:
         _print_json(report.to_dict())
