@@ -28,7 +28,10 @@ SUFFIX = ".index.npz"
 VERSION = 1
 # Formats that run code when they are read; nothing in the stream may ask for that.
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
-IMAGES = ("png", "jpg", "jpeg", "webp")
+IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
+LATENT = "latent.npy"
+# What a sample has one of: an image, or the latent that stands for it.
+IMAGES = (*IMAGE_FILES, LATENT)
 # What storages call the mark that changes with the content, the most telling first.
 CHANGE_MARKS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
 BLOCK = tarfile.BLOCKSIZE

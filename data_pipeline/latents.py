@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.description import Latents, folder_of, read_description
 from flows.errors import UserError
 
-LATENT, TEXT, POOLED = "latent.npy", "text.npy", "pooled.npy"
+TEXT, POOLED = "text.npy", "pooled.npy"
 
 
 def write_array(values: NDArray[np.generic]) -> bytes:
@@ -49,6 +49,12 @@ def latents_of(urls: Sequence[str]) -> Latents:
             raise UserError(
                 f"{folder}: has no dataset.json that describes latents; make the shards by `flowmill "
                 "data encode`, and let it end"
+            )
+        names = {url.rpartition("/")[2] for url in urls if folder_of(url) == folder}
+        if strange := sorted(names - description.shards.keys()):
+            raise UserError(
+                f"{folder}/{strange[0]}: is none of the shards that dataset.json describes; encode it "
+                "like them, or leave it out"
             )
         found[folder] = description.latents
     first, *others = found

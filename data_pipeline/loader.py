@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data_pipeline.augment import draw_flips
 from data_pipeline.decode.decoder import Decoder
-from data_pipeline.index import IMAGES
 from data_pipeline.samples import Samples
 from data_pipeline.stream import Stream
 from flows.batch import Batch
@@ -224,23 +223,14 @@ class Loader:
 
 
 def read_all(
-    pattern: str,
-    decoder: Decoder,
-    *,
-    classes: int,
-    limit: int | None,
-    batch: int,
-    members: Sequence[str] = IMAGES,
+    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
-    batch: images decoded at a time
-    members: extensions of the members that are images, or of what stands for them
-
-    Returns images (samples, channels, image_size, image_size) in
+    batch: images decoded at a time Returns images (samples, channels, image_size, image_size) in
     [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes, members=members)
+    contents = Samples(pattern, classes=classes)
     counts = np.array(contents.sizes)
     shard = np.repeat(np.arange(len(counts)), counts)
     sample = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,19 +38,15 @@ class Samples:
 
     urls, names, sizes: address, short name and number of samples of each shard
     classes: labels are below this; None: any label that is not negative
-    members: extensions of the members that are images, or of what stands for them
 
     Raises UserError if a shard is missing or unsafe, or a sample lacks its image or label.
     """
 
-    def __init__(
-        self, pattern: str, *, classes: int | None, members: Sequence[str] = IMAGES
-    ) -> None:
+    def __init__(self, pattern: str, *, classes: int | None) -> None:
         self.urls = expand(pattern)
         self.names = short_names(self.urls)
         self.classes = classes
-        self.members = tuple(members)
-        self._index = lru_cache(KEPT_INDEXES)(partial(open_checked, members=self.members))
+        self._index = lru_cache(KEPT_INDEXES)(open_checked)
         self.sizes = tuple(len(self._index(url)) for url in self.urls)
         self._reader = RangeReader()
         if sum(self.sizes) == 0:
@@ -76,7 +72,7 @@ class Samples:
         for s, n in zip(shard.tolist(), sample.tolist(), strict=True):
             index = self._index(self.urls[s])
             names.append(f"{index.url}: sample {index.keys[n]}")
-            ranges += [member_range(index, n, self.members), member_range(index, n, (LABEL,))]
+            ranges += [member_range(index, n, IMAGES), member_range(index, n, (LABEL,))]
         contents = self._reader.read(ranges)
         labels = [
             parse_label(text, name, self.classes)
@@ -88,10 +84,10 @@ class Samples:
         self._reader.close()
 
 
-def open_checked(url: str, members: Sequence[str] = IMAGES) -> ShardIndex:
+def open_checked(url: str) -> ShardIndex:
     """The index of a shard, every sample of which has one image and a label."""
     index = open_index(url)
-    for what, extensions in (("image", members), ("label", (LABEL,))):
+    for what, extensions in (("image", IMAGES), ("label", (LABEL,))):
         columns = [c for e in extensions if (c := index.column(e)) is not None]
         count = (index.offsets[:, columns] >= 0).sum(axis=1)
         if (wrong := np.flatnonzero(count != 1)).size:

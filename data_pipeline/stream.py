@@ -1,12 +1,10 @@
 """The endless stream of samples: position -> key, encoded image and label, on any rank alike."""
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
-from data_pipeline.index import IMAGES
 from data_pipeline.order import Order
 from data_pipeline.samples import Encoded, Samples
 
@@ -40,21 +38,9 @@ class Stream:
         self.contents.close()
 
 
-def open_stream(
-    pattern: str,
-    *,
-    classes: int,
-    seed: int,
-    lanes: int,
-    window: int,
-    members: Sequence[str] = IMAGES,
-) -> Stream:
+def open_stream(pattern: str, *, classes: int, seed: int, lanes: int, window: int) -> Stream:
     """The stream over the shards that `pattern` names.
-
-    members: extensions of the members that are images, or of what stands for them
 
     Raises UserError if a shard is missing, unsafe, or holds a sample without image or label.
     """
-    return Stream(
-        Samples(pattern, classes=classes, members=members), seed=seed, lanes=lanes, window=window
-    )
+    return Stream(Samples(pattern, classes=classes), seed=seed, lanes=lanes, window=window)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_pipeline.decode.pillow import load
 from data_pipeline.description import Description, folder_of, read_description
-from data_pipeline.index import IMAGES
-from data_pipeline.latents import LATENT, POOLED, TEXT, read_array
+from data_pipeline.index import IMAGE_FILES, LATENT
+from data_pipeline.latents import POOLED, TEXT, read_array
 from data_pipeline.moments import Moments
 from data_pipeline.samples import LABEL, parse_label
 from data_pipeline.shards import expand
@@ -123,11 +123,12 @@ def _look(
 ) -> None:
     """Everything in one sample, each problem noted."""
     report.samples += 1
-    images = [extension for extension in sample.members if extension in IMAGES]
+    images = [extension for extension in sample.members if extension in IMAGE_FILES]
     report.bytes += sum(len(sample.members[extension]) for extension in images)
-    if len(images) > 1 or not (images or LATENT in sample.members):
+    count = len(images) + (LATENT in sample.members)
+    if count != 1:
         report.problems.append(
-            f"{name} has {len(images) or 'no'} image members and needs exactly one; pack the shard again"
+            f"{name} has {count or 'no'} image members and needs exactly one; pack the shard again"
         )
     for check in (_look_at_label, _look_at_caption, _look_at_images, _look_at_arrays):
         try:
@@ -159,7 +160,7 @@ def _look_at_caption(
 def _look_at_images(
     sample: Sample, name: str, _about: Description, _classes: int | None, report: Report
 ) -> None:
-    for extension in IMAGES:
+    for extension in IMAGE_FILES:
         if extension not in sample.members:
             continue
         image = load(sample.members[extension], name)
@@ -217,7 +218,7 @@ def draw_grid(pattern: str, path: Path) -> None:
 
 
 def _tile(sample: Sample) -> Image.Image:
-    for extension in IMAGES:
+    for extension in IMAGE_FILES:
         if extension in sample.members:
             return load(sample.members[extension], sample.key)
     return _false_colours(read_array(sample.members[LATENT], sample.key))

@@ -12,7 +12,7 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
-from trainer.latents import check_latents, members
+from trainer.latents import check_latents
 from trainer.recipe import Recipe
 
 
@@ -76,12 +76,7 @@ def training_stream(recipe: Recipe) -> Stream:
     """The endless global order of the training shards."""
     data = recipe.data
     return open_stream(
-        data.train,
-        classes=data.classes,
-        seed=recipe.seed,
-        lanes=data.lanes,
-        window=data.window,
-        members=members(recipe),
+        data.train, classes=data.classes, seed=recipe.seed, lanes=data.lanes, window=data.window
     )
 
 

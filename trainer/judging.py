@@ -8,7 +8,7 @@ from data_pipeline.shards import expand
 from flows.errors import UserError
 from parallel.processes import choose_device
 from trainer.evaluation import Evaluation, evaluate
-from trainer.latents import members, open_reader, to_images
+from trainer.latents import open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.sampling import Samples, sample_checkpoint
@@ -27,9 +27,7 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (
-        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
-    )
+    train, heldout = (_images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout))
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
@@ -39,12 +37,7 @@ def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
     decoder = open_reader(recipe, expand(shards), torch.device("cpu"))
     try:
         images, labels = read_all(
-            shards,
-            decoder,
-            classes=recipe.data.classes,
-            limit=None,
-            batch=DECODED_AT_ONCE,
-            members=members(recipe),
+            shards, decoder, classes=recipe.data.classes, limit=None, batch=DECODED_AT_ONCE
         )
     finally:
         decoder.close()

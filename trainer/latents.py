@@ -8,23 +8,18 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode.decoder import Decoder, open_decoder
+from data_pipeline.description import folder_of, read_description
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.weights import fingerprint
-from data_pipeline.index import IMAGES
-from data_pipeline.latents import LATENT, LatentDecoder, latents_of
+from data_pipeline.latents import LatentDecoder, latents_of
 from flows.errors import UserError
 from trainer.recipe import Recipe
 
 DECODED_AT_ONCE = 32  # latents in one call of the autoencoder: bounds memory
 
 
-def members(recipe: Recipe) -> Sequence[str]:
-    """Extensions of the members that the model is trained on."""
-    return (LATENT,) if recipe.data.latents else IMAGES
-
-
 def open_reader(recipe: Recipe, urls: Sequence[str], device: torch.device) -> Decoder:
-    """What makes tensors of those members: a decoder of images, or a reader of latents."""
+    """What makes tensors of the members of shards: a decoder of images, or a reader of latents."""
     data = recipe.data
     if data.latents:
         return LatentDecoder(latents_of(urls))
@@ -38,9 +33,13 @@ def open_reader(recipe: Recipe, urls: Sequence[str], device: torch.device) -> De
 
 
 def check_latents(recipe: Recipe, urls: Sequence[str]) -> None:
-    """Raises UserError if the recipe's sizes, or its autoencoder, are not those of the shards' latents."""
+    """Raises UserError if the shards hold what the recipe does not say, or latents of other sizes."""
     data = recipe.data
     if not data.latents:
+        for folder in {folder_of(url) for url in urls}:
+            about = read_description(folder)
+            if about is not None and about.latents is not None:
+                raise UserError(f"{folder} holds latents and no images; set data.latents=true.")
         return
     latents = latents_of(urls)
     if latents.shape != (data.channels, data.image_size, data.image_size):

@@ -20,7 +20,6 @@ class Settings(Record):
 
     image_size, decoder: how images are read; without an autoencoder they are not
     posterior: keep the mean of each latent's distribution, or one sample drawn by the sample's key
-    keep_images: whether the images stay in the shards
     """
 
     image_size: int | None
@@ -29,7 +28,6 @@ class Settings(Record):
     precision: Literal["fp32", "bf16"]
     posterior: Literal["mean", "sample"]
     max_tokens: int
-    keep_images: bool
 
 
 class Done(Record):

@@ -15,8 +15,8 @@ from torch import Tensor
 from data_pipeline.description import Shard
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Done, Job
-from data_pipeline.index import IMAGES
-from data_pipeline.latents import LATENT, POOLED, TEXT, write_array
+from data_pipeline.index import IMAGE_FILES, LATENT
+from data_pipeline.latents import POOLED, TEXT, write_array
 from data_pipeline.moments import Moments
 from data_pipeline.pack import add
 from data_pipeline.sources.archives import TarSource
@@ -144,7 +144,7 @@ def _require(job: Job, sample: Sample, name: str) -> None:
 
 
 def _images_of(sample: Sample) -> list[str]:
-    return [extension for extension in sample.members if extension in IMAGES]
+    return [extension for extension in sample.members if extension in IMAGE_FILES]
 
 
 def _decode(job: Job, samples: list[Sample], names: list[str]) -> Tensor | None:
@@ -174,11 +174,11 @@ def _encode(job: Job, loaded: Loaded, tally: Tally) -> list[Sample]:
         _put(made, TEXT, [_stored(job, row, loaded.names) for row in embedded.tokens])
         if embedded.pooled is not None:
             _put(made, POOLED, _stored(job, embedded.pooled, loaded.names))
-    keep_images = job.settings.keep_images or job.autoencoder is None
+    dropped = () if job.autoencoder is None else (*IMAGE_FILES, LATENT)
     return [
         Sample(
             sample.key,
-            {e: c for e, c in sample.members.items() if keep_images or e not in IMAGES} | members,
+            {e: c for e, c in sample.members.items() if e not in dropped} | members,
         )
         for sample, members in zip(loaded.samples, made, strict=True)
     ]

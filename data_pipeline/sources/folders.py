@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.description import Description
-from data_pipeline.index import IMAGES
+from data_pipeline.index import IMAGE_FILES
 from data_pipeline.sources.source import Sample, image_extension, number_classes
 from data_pipeline.sources.tables import TABLES, open_table
 from flows.errors import UserError
@@ -106,10 +106,12 @@ def _images(root: Path) -> list[Path]:
             continue
         if kind in NOT_READ:
             raise UserError(f"{path}: images of kind .{kind} are not read; convert or remove it")
-        if kind in IMAGES and path.is_file():
+        if kind in IMAGE_FILES and path.is_file():
             found.append(inside)
     if not found:
-        raise UserError(f"{root}: has no {', '.join(f'.{kind}' for kind in IMAGES)} images in it")
+        raise UserError(
+            f"{root}: has no {', '.join(f'.{kind}' for kind in IMAGE_FILES)} images in it"
+        )
     return sorted(found, key=lambda path: path.as_posix())
 
 

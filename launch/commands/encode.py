@@ -41,7 +41,6 @@ Posterior = Annotated[
 ]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the networks.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longer captions are cut.")]
-KeepImages = Annotated[bool, typer.Option("--keep-images", help="Keep images beside latents.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave bad samples out and list them; else they stop it.")
 ]
@@ -62,7 +61,6 @@ def encode(
     posterior: Posterior = "mean",
     precision: Precision = "fp32",
     max_tokens: MaxTokens = 77,
-    keep_images: KeepImages = False,
     skip_bad: SkipBad = False,
     batch: Batch = 32,
     threads: Threads = 2,
@@ -86,7 +84,7 @@ def encode(
         patterns, side = _what(source, image_size)
         settings = Settings(
             image_size=side, decoder=decoder, dtype=dtype, precision=precision,
-            posterior=posterior, max_tokens=max_tokens, keep_images=keep_images,
+            posterior=posterior, max_tokens=max_tokens,
         )  # fmt: skip
         rank, local_rank, world_size = place_from_launcher() if joined else (0, 0, 1)
         job = open_job(

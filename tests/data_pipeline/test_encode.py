@@ -31,7 +31,7 @@ from data_pipeline.verify import draw_grid, verify
 from flows.errors import UserError
 from launch.commands.data import app
 from tests import networks
-from tests.data_pipeline.conftest import grey, image_file, write_tar
+from tests.data_pipeline.conftest import image_file, write_tar
 
 # A `.npy` file of an object, which only unpickling could read.
 PICKLE = io.BytesIO()
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 SIDE = 8
 PLAIN = Settings(
     image_size=SIDE, decoder="pillow", dtype="float32", precision="fp32", posterior="mean",
-    max_tokens=12, keep_images=False,
+    max_tokens=12,
 )  # fmt: skip
 
 
@@ -399,10 +399,13 @@ def test_the_command(nets: Path, sources: str, tmp_path: Path) -> None:
         command(both, out, *nets_given, "--image-size", "8")
 
 
-def test_grey_images_can_stay(nets: Path, tmp_path: Path) -> None:
-    url = write_tar(tmp_path / "a.tar", [("0.png", grey(7, 8)), ("0.cls", b"1")])
-    run(nets, url, tmp_path / "out", keep_images=True)
-    assert scan(str(tmp_path / "out" / "a.tar")).extensions == ("cls", "latent.npy", "png")
+def test_text_alone_leaves_the_images(nets: Path, tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "a.tar", [("0.png", b"any"), ("0.cls", b"1"), ("0.txt", b"a")])
+    run(nets, url, tmp_path / "out", vae=None, text="t5")
+    (sample,) = TarSource(f"{tmp_path}/out/a.tar", label_field=None, caption_field=None).read([0])
+    assert sorted(sample.members) == ["cls", "png", "text.npy", "txt"]
+    assert sample.members["png"] == b"any"
+    assert described(tmp_path / "out").latents is None
 
 
 def test_verify_looks_into_latents_and_embeddings(nets: Path, sources: str, tmp_path: Path) -> None:

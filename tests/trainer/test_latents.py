@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     networks.save_autoencoder(root / "other", image_channels=1, seed=1)
     settings = Settings(
         image_size=8, decoder="auto", dtype="float32", precision="fp32", posterior="mean",
-        max_tokens=1, keep_images=False,
+        max_tokens=1,
     )  # fmt: skip
     job = open_job(
         ["embedded:digits8/*.tar"], str(root / "latents"), settings, autoencoder=root / "vae",
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_before_training(made: Path, tmp_path: Path
         "data.image_size=8": r"latents of shape \(4, 4, 4\).* set 4 and 4",
         "data.channels=3": r"data\.channels = 3 .* set 4 and 4",
         f"data.autoencoder={made}/other": "is not the one that made the latents",
-        "data.train=embedded:digits8/train-*.tar": r"no image members \(\.latent\.npy\)",
+        "data.train=embedded:digits8/train-*.tar": r"digits8: has no dataset\.json that describes latents",
     }.items():
         with pytest.raises(UserError, match=words):
             plan(recipe_of_latents(made, override), 1)
@@ -172,3 +172,12 @@ def test_what_does_not_fit_is_refused_before_training(made: Path, tmp_path: Path
     lonely.write_bytes((made / "latents" / "heldout-000000.tar").read_bytes())
     with pytest.raises(UserError, match=r"has no dataset\.json that describes latents"):
         plan(recipe_of_latents(made, f"data.train={lonely}"), 1)
+    (made / "latents" / "stray.tar").write_bytes(lonely.read_bytes())
+    with pytest.raises(
+        UserError, match=r"stray\.tar: is none of the shards that dataset\.json desc"
+    ):
+        plan(recipe_of_latents(made, f"data.train={made}/latents/*.tar"), 1)
+    with pytest.raises(
+        UserError, match=r"latents holds latents and no images; set data\.latents=true"
+    ):
+        plan(load_recipe("digits8", [*SMALL, f"data.train={made}/latents/train-*.tar"]), 1)
