@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.shards import resolve
-from data_pipeline.storing import write_text
+from data_pipeline.storing import reason, write_text
 from flows.errors import UserError
 
 NAME = "dataset.json"
@@ -84,7 +84,9 @@ def read_description(folder: str) -> Description | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{folder}/{NAME}: cannot be read ({error}); check your rights") from error
+        raise UserError(
+            f"{folder}/{NAME}: cannot be read ({reason(error)}); check your rights"
+        ) from error
     try:
         return Description.model_validate_json(content)
     except ValidationError as error:

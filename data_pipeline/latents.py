@@ -1,6 +1,7 @@
 """Arrays as members of shards, and latents in the place of images."""
 
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,14 +44,16 @@ def latents_of(urls: Sequence[str]) -> Latents:
     Raises UserError if that is missing, or says different things in different folders.
     """
     found: dict[str, Latents] = {}
-    for folder in sorted({folder_of(url) for url in urls}):
+    shards: defaultdict[str, set[str]] = defaultdict(set)
+    for url in urls:
+        shards[folder_of(url)].add(url.rpartition("/")[2])
+    for folder, names in sorted(shards.items()):
         description = read_description(folder)
         if description is None or description.latents is None:
             raise UserError(
                 f"{folder}: has no dataset.json that describes latents; make the shards by `flowmill "
                 "data encode`, and let it end"
             )
-        names = {url.rpartition("/")[2] for url in urls if folder_of(url) == folder}
         if strange := sorted(names - description.shards.keys()):
             raise UserError(
                 f"{folder}/{strange[0]}: is none of the shards that dataset.json describes; encode it "

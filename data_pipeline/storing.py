@@ -11,6 +11,13 @@ from data_pipeline.shards import resolve
 from flows.errors import UserError
 
 CHUNK = 4 << 20
+SHOWN = 200  # characters of what a library says
+
+
+def reason(error: Exception) -> str:
+    """What a library says is wrong, cut to a part of one sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0].strip(" .")[:SHOWN]
 
 
 @contextmanager
@@ -37,7 +44,9 @@ def written_whole(url: str) -> Iterator[Path]:
         else:
             place.storage.put_file(name, place.path)
     except OSError as error:
-        raise UserError(f"{url}: cannot be written ({error}); check space and rights") from error
+        raise UserError(
+            f"{url}: cannot be written ({reason(error)}); check space and rights"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -57,5 +66,7 @@ def sha256_of(url: str) -> str:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise UserError(f"{url}: cannot be read ({error}); check that it is still there") from error
+        raise UserError(
+            f"{url}: cannot be read ({reason(error)}); check that it is still there"
+        ) from error
     return digest.hexdigest()

@@ -27,7 +27,9 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (_images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout))
+    train, heldout = (
+        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
+    )
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 

@@ -7,7 +7,7 @@ written back, complete, into the run's folder. Nothing in the environment change
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -40,9 +40,11 @@ class Section(BaseModel):
     @classmethod
     def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes, on and true would pass for the number 1."""
-        field = cls.model_fields[str(info.field_name)]
+        wanted = cls.model_fields[str(info.field_name)].annotation
         parts = value if isinstance(value, list) else [value]
-        if field.annotation is not bool and any(isinstance(part, bool) for part in parts):
+        if bool not in (wanted, *get_args(wanted)) and any(
+            isinstance(part, bool) for part in parts
+        ):
             raise PydanticCustomError("yes_or_no", "a yes or no")
         return value
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.encoders.weights import DAMAGE, check_complete, fingerprint, read_config
 from data_pipeline.latents import unscaled
+from data_pipeline.storing import reason
 from flows.errors import UserError
 
 KIND = "AutoencoderKL"
@@ -44,7 +45,8 @@ class Autoencoder:
         self.image_channels = int(config["in_channels"])
         if self.image_channels not in (1, 3):
             raise UserError(
-                f"{folder}: encodes images of {self.image_channels} channels, and images have 1 or 3"
+                f"{folder}: encodes images of {self.image_channels} channels, and images have "
+                "1 or 3; give another"
             )
         self.channels = int(config["latent_channels"])
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -74,7 +76,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise UserError(
-            f"encoding needs the diffusers package ({error}); pip install 'flowmill[encode]'"
+            f"encoding needs the diffusers package ({reason(error)}); pip install 'flowmill[encode]'"
         ) from error
     try:
         model, report = AutoencoderKL.from_pretrained(
@@ -86,6 +88,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except DAMAGE as error:
-        raise UserError(f"{folder}: the autoencoder cannot be loaded ({error})") from error
+        raise UserError(
+            f"{folder}: the autoencoder cannot be loaded ({reason(error)}); copy it again"
+        ) from error
     check_complete(folder, report["missing_keys"])
     return model.eval().requires_grad_(False)

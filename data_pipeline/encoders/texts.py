@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.encoders.autoencoder import DTYPES
 from data_pipeline.encoders.weights import DAMAGE, check_complete, fingerprint, read_config
+from data_pipeline.storing import reason
 from flows.errors import UserError
 
 WHAT = "a T5 or CLIP text encoder with its tokenizer (config.json, *.safetensors, tokenizer files)"
@@ -94,7 +95,7 @@ def _load(folder: Path, kind: str) -> tuple[Any, Any]:
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise UserError(
-            f"encoding text needs the transformers package ({error}); "
+            f"encoding text needs the transformers package ({reason(error)}); "
             "pip install 'flowmill[encode]'"
         ) from error
     # A bar a network says nothing that a log should keep.
@@ -108,6 +109,9 @@ def _load(folder: Path, kind: str) -> tuple[Any, Any]:
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except DAMAGE as error:
-        raise UserError(f"{folder}: the text encoder cannot be loaded ({error})") from error
+        raise UserError(
+            f"{folder}: the text encoder cannot be loaded ({reason(error)}); copy it "
+            "with its tokenizer again"
+        ) from error
     check_complete(folder, report["missing_keys"])
     return model.eval().requires_grad_(False), tokenizer

@@ -5,13 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from data_pipeline.storing import reason
 from flows.errors import UserError
 
 # Configuration, weights, and the several shapes of tokenizers.
 PARTS = ("*.json", "*.safetensors", "*.txt", "*.model")
 CHUNK = 4 << 20
 # What loading raises for files that are missing, damaged, or of another network.
-DAMAGE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
+DAMAGE = (
+    OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError,
+)  # fmt: skip
 
 
 def read_config(folder: Path, what: str) -> dict[str, Any]:
@@ -27,7 +32,9 @@ def read_config(folder: Path, what: str) -> dict[str, Any]:
             f"{what}"
         ) from error
     except ValueError as error:
-        raise UserError(f"{folder}/config.json: is not JSON ({error}); copy it again") from error
+        raise UserError(
+            f"{folder}/config.json: is not JSON ({reason(error)}); copy it again"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json: is not a configuration; copy it again")
     if not list(folder.glob("*.safetensors")):

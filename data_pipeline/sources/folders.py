@@ -8,6 +8,7 @@ from data_pipeline.description import Description
 from data_pipeline.index import IMAGE_FILES
 from data_pipeline.sources.source import Sample, image_extension, number_classes
 from data_pipeline.sources.tables import TABLES, open_table
+from data_pipeline.storing import reason
 from flows.errors import UserError
 
 FILE_NAME = "file_name"
@@ -54,7 +55,9 @@ class FolderSource:
         if self.records is not None and self.caption_field is not None:
             caption = self.records.value(path, self.caption_field)
             if not isinstance(caption, str):
-                raise UserError(f"{file}: its {self.caption_field} is {caption!r}, not text")
+                raise UserError(
+                    f"{file}: its {self.caption_field} is {caption!r}, not text; correct it"
+                )
             members["txt"] = caption.encode()
         elif (text := file.with_suffix(".txt")).is_file():
             members["txt"] = _read(text)
@@ -142,4 +145,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check your rights") from error

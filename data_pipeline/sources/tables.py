@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.description import Description, folder_of
 from data_pipeline.shards import expand, resolve
 from data_pipeline.sources.source import Sample, image_extension, number_classes
+from data_pipeline.storing import reason
 from flows.errors import UserError
 
 TABLES = (".csv", ".jsonl", ".parquet")
@@ -48,7 +49,7 @@ class TableFile:
     def require(self, field: str) -> None:
         names = self.content.schema_arrow.names if self.parquet else self.content.column_names
         if field not in names:
-            raise UserError(f"{self.url}: has no column {field}; it has {', '.join(names)}")
+            raise UserError(f"{self.url}: has no column {field}; name one of {', '.join(names)}")
 
     @property
     def parquet(self) -> bool:
@@ -79,7 +80,9 @@ def open_table(url: str, texts: Sequence[str]) -> TableFile:
             else:
                 table = json.read_json(stream)
     except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{url}: the table cannot be read ({error}); write it again") from error
+        raise UserError(
+            f"{url}: the table cannot be read ({reason(error)}); write it again"
+        ) from error
     return TableFile(url, table, (table.num_rows,))
 
 
@@ -164,5 +167,7 @@ def _content(value: Any, url: str, name: str) -> bytes:
     try:
         content: bytes = place.storage.cat_file(place.path)
     except OSError as error:
-        raise UserError(f"{name}: its image {value} cannot be read ({error})") from error
+        raise UserError(
+            f"{name}: its image {value} cannot be read ({reason(error)}); correct the row"
+        ) from error
     return content

@@ -151,7 +151,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"metadata\.csv: has no kind for cat/0\.jpg"):
         opened(folder, label_field="kind")
     with pytest.raises(
-        UserError, match=r"metadata\.csv: has no column sort; it has file_name, kind"
+        UserError, match=r"metadata\.csv: has no column sort; name one of file_name"
     ):
         opened(folder, label_field="sort")
     for name, words in {
@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             everything(opened(name, **{"image_field": "picture", **fields}))
 
-    refused("has no column image; it has picture, kind", COLUMNS, image_field="image")
+    refused("has no column image; name one of picture, kind", COLUMNS, image_field="image")
     refused("kind of row 1: None is not a class name", {**COLUMNS, "kind": ["a", None, "b", "c", "d"]},
             label_field="kind")  # fmt: skip
     refused("kind of row 2: -1 is not a class", {**COLUMNS, "kind": [0, 1, -1, 0, 0]},

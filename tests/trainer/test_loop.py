@@ -160,6 +160,29 @@ def test_a_dead_tracking_server_costs_a_warning(quiet_run, tmp_path):
     same_run(tmp_path / "run", quiet_run)
 
 
+@pytest.mark.slow
+def test_a_resumed_training_goes_on_in_the_same_mlflow_run(quiet_run, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    made = runs.recipe(tmp_path / "run", *STEPS, "tracking.mlflow=true", f"tracking.uri={uri}")
+    client = MlflowClient(tracking_uri=uri)
+    client.search_experiments()  # makes the store, which may take longer than a run of 12 steps waits
+    runs.train_here(made, Stopping(6, signal.SIGTERM))
+    (experiment,) = client.search_experiments(filter_string="name = 'flowmill'")
+    (stopped,) = client.search_runs([experiment.experiment_id])
+    assert stopped.info.status == "KILLED"
+    assert runs.train_here(made).finished
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_id, run.info.status) == (stopped.info.run_id, "FINISHED")
+    told = sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss"))
+    assert told == [(line["step"], line["loss"]) for line in runs.lines(tmp_path / "run")]
+    manifests = client.list_artifacts(run.info.run_id, "checkpoints")
+    assert "checkpoints/step-00000012" in {found.path for found in manifests}
+    assert run.data.params["optimizer.lr"] == "0.001"
+    same_run(tmp_path / "run", quiet_run)
+
+
 def test_a_learning_rate_without_sense_ends_in_one_sentence(tmp_path):
     changes = ("optimizer.lr=1e+30", "optimizer.warmup=0", "train.max_skipped=3")
     made = runs.recipe(tmp_path / "run", *STEPS, *changes)

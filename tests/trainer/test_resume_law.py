@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,10 +33,10 @@ EXACT = 1e-5
 SAMPLES = 297
 # Three epochs of a small data set; an epoch ends in the middle of a batch.
 DATA = ("data.train=embedded:digits8/heldout-000000.tar", "data.flip=0.5")
-CHANGES = (*DATA, "checkpoint.every=7", "checkpoint.keep=1000")
-# One rank is so fast that a kill needs room to come in time.
-ALONE = (*CHANGES, "train.steps=200")
-SHARDED = (*CHANGES, "train.steps=60")
+CHANGES = (*DATA, "checkpoint.every=7")
+# One rank is so fast that a kill needs room to come in time; here old checkpoints are deleted.
+ALONE = (*CHANGES, "train.steps=200", "checkpoint.keep=2")
+SHARDED = (*CHANGES, "train.steps=60", "checkpoint.keep=1000")
 ATTEMPTS = 10
 dice = random.Random(20)
 
@@ -91,13 +92,14 @@ class Story:
         later: up to so many seconds after the first byte
         """
         for _ in range(ATTEMPTS):
+            old = torn(self.folder)
             with runs.training(self.folder, *changes, ranks=ranks) as process:
-                runs.wait_until(lambda: torn(self.folder), process=process)
+                runs.wait_until(lambda old=old: torn(self.folder) - old, process=process)
                 time.sleep(dice.uniform(0.0, later))
                 began = time.monotonic()
                 runs.kill(process)
                 self._died(process, began)
-            if self.deaths[-1].torn:
+            if torn(self.folder) - old:
                 return
         raise AssertionError(f"no kill in {ATTEMPTS} hit a checkpoint being written")
 
@@ -107,11 +109,17 @@ class Story:
 
     def _died(self, process: subprocess.Popen[bytes], began: float) -> None:
         code, logged = process.wait(runs.PATIENCE_SECONDS), runs.last_step(self.folder)
-        self.deaths.append(Death(code, logged, time.monotonic() - began, torn(self.folder)))
+        seconds = time.monotonic() - began
+        self.deaths.append(Death(code, logged, seconds, bool(torn(self.folder))))
 
 
-def torn(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob(".writing-*"))
+def torn(folder: Path) -> set[tuple[str, int]]:
+    """Half-written checkpoints, with the time at which each was begun or last written to."""
+    found = set()
+    for path in (folder / "checkpoints").glob(".writing-*"):
+        with suppress(FileNotFoundError):  # committed meanwhile
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
 
 
 def some_steps(count: int, low: int, high: int) -> list[int]:
@@ -209,7 +217,7 @@ def test_every_step_is_logged_once(stories):
 
 def test_nothing_half_written_stays_and_the_position_is_that_of_the_step(stories):
     for story in stories.values():
-        assert not torn(story.folder)
+        assert not list((story.folder / "checkpoints").glob(".*"))
         for step, manifest in runs.manifests(story.folder).items():
             assert manifest.state["step"] == step
             assert manifest.state["loader"]["position"] == 16 * step
