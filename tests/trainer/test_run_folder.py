@@ -8,7 +8,7 @@ import pytest
 from flows.errors import UserError
 from tests.trainer import runs
 from trainer.recipe import write_recipe
-from trainer.run_folder import RunFolder, check_place, check_resume, open_run, writing
+from trainer.run_folder import RunFolder, check_place, check_resume, locked, open_run
 
 # Every key that decides the science of a run, changed.
 OTHER_SCIENCE = {
@@ -47,7 +47,8 @@ SAME_SCIENCE = {
 def begun(tmp_path) -> RunFolder:
     """A run folder with a recipe and something that may be a checkpoint."""
     run = RunFolder(tmp_path / "run")
-    with writing(run, runs.recipe(run.root)):
+    with locked(run):
+        write_recipe(runs.recipe(run.root), run.recipe)
         (run.checkpoints / "step-00000005").mkdir()
     return run
 
@@ -90,13 +91,12 @@ def test_a_folder_without_checkpoints_may_begin_anew(begun):
 
 
 def test_only_one_process_writes(begun):
-    made = runs.recipe(begun.root)
-    with writing(begun, made):
-        for attempt in (lambda: writing(begun, made).__enter__(), lambda: check_place(begun)):
+    with locked(begun):
+        for attempt in (lambda: locked(begun).__enter__(), lambda: check_place(begun)):
             with pytest.raises(UserError, match=r"Another process is training in .*run"):
                 attempt()
     check_place(begun)
-    with writing(begun, made):
+    with locked(begun):
         pass
 
 
@@ -131,7 +131,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path):
         run = RunFolder(place)
         with pytest.raises(UserError, match=r"run\.dir"):
             check_place(run)
-        with pytest.raises(UserError, match=r"run\.dir"), writing(run, runs.recipe(place)):
+        with pytest.raises(UserError, match=r"run\.dir"), locked(run):
             pass
     assert (tmp_path / "file").read_text() == "mine"
 
