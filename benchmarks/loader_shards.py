@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.description import Description
 from data_pipeline.pack import pack
 from data_pipeline.samples import Samples
 from data_pipeline.sources.source import Sample
@@ -47,6 +48,8 @@ class Shards:
 
 class Numbered:
     """A source for `pack`: JPEGs in turn, each sample labelled with its number."""
+
+    about = Description()
 
     def __init__(self, jpegs: list[bytes], samples: int) -> None:
         self.jpegs, self.samples = jpegs, samples

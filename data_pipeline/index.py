@@ -27,7 +27,10 @@ from flows.errors import UserError
 VERSION = 2
 # Formats that run code when they are read; nothing in the stream may ask for that.
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
-IMAGES = ("png", "jpg", "jpeg", "webp")
+IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
+LATENT = "latent.npy"
+# What a sample has one of: an image, or the latent that stands for it.
+IMAGES = (*IMAGE_FILES, LATENT)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
 from trainer.checkpoints.store import latest_whole
+from trainer.latents import check_latents
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
@@ -57,6 +58,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     with torch.device("meta"):
         DiT(model)
     stream = training_stream(recipe)
+    check_latents(recipe, stream.urls)
     return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
 
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.faults import PastShard, Tolerance, read_past
 from data_pipeline.loader import read_all
+from data_pipeline.shards import search
 from flows.errors import UserError
+from parallel.processes import choose_device
 from trainer.evaluation import Evaluation, evaluate
+from trainer.latents import open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.sampling import Samples, sample_checkpoint
@@ -44,11 +46,10 @@ def _images(
     past: the shards as the training began with them
     """
     data = recipe.data
-    decoder = open_decoder(
-        data.decoder, channels=data.channels, threads=data.threads, device=torch.device("cpu")
-    )
+    urls = [shard.url for pattern in shards for shard in search(pattern)[0]]
+    decoder = open_reader(recipe, urls, torch.device("cpu"))
     try:
-        return read_all(
+        images, labels = read_all(
             shards,
             decoder,
             size=(data.image_size, data.image_size),
@@ -60,3 +61,4 @@ def _images(
         )
     finally:
         decoder.close()
+    return to_images(recipe, images, choose_device("auto", 0)), labels

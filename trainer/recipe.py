@@ -145,8 +145,16 @@ class DataSection(Section):
         {}, description="train on samples alone whose label (cls) or .json field is one of these"
     )
     heldout: Text | None = Field(None, description="shards kept for evaluation")
-    image_size: Positive
-    channels: Literal[1, 3] = 3
+    image_size: Positive = Field(
+        description="side of the squares the model sees, in pixels or latents"
+    )
+    channels: Positive = Field(3, description="1 or 3 of images; of latents, the autoencoder's")
+    latents: bool = Field(
+        False, description="train on the latents that `flowmill data encode` put in the shards"
+    )
+    autoencoder: Text | None = Field(
+        None, description="local folder of the latents' autoencoder, to make pictures of samples"
+    )
     classes: Positive
     class_names: list[str] | None = Field(None, description="for pictures and tables")
     augment: AugmentSection = AugmentSection()
@@ -316,6 +324,36 @@ class TrackingSection(Section):
     experiment: Text = "flowmill"
 
 
+def _check_latents(data: DataSection, pictures: bool) -> None:
+    """Raises ValueError for keys of the data that do not go with images, or not with latents."""
+    if not data.latents:
+        if data.channels not in (1, 3):
+            raise ValueError(
+                f"data.channels = {data.channels}, and images have 1 or 3; set one of them, or "
+                "data.latents=true for shards of latents"
+            )
+        if data.autoencoder is not None:
+            raise ValueError(
+                "data.autoencoder is given, and the model is trained on images; set data.latents=true "
+                "or drop it"
+            )
+    elif data.augment.flip:
+        raise ValueError(
+            f"data.augment.flip = {data.augment.flip}, and the mirror image of a latent is not the latent "
+            "of the mirror image; set data.augment.flip=0"
+        )
+    elif data.augment.crop == "random":
+        raise ValueError(
+            "data.augment.crop = random, and a part of a latent is not the latent of a part of the "
+            "image; set data.augment.crop=centre"
+        )
+    elif pictures and data.autoencoder is None:
+        raise ValueError(
+            "sample.every asks for pictures, which latents become by their autoencoder alone; set "
+            "data.autoencoder to its folder, or sample.every=0"
+        )
+
+
 class Recipe(Section):
     name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -333,6 +371,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         """Rules between keys that need neither a machine nor the data."""
+        _check_latents(self.data, pictures=self.sample.every > 0)
         names, classes = self.data.class_names, self.data.classes
         if names is not None and len(names) != classes:
             raise ValueError(

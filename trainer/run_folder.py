@@ -16,7 +16,8 @@ from trainer.yaml_text import read_yaml
 # What decides the science of a run: a resume that changed one of these would be another run.
 FIXED = (
     "seed", "data.train", "data.keep", "data.image_size", "data.channels", "data.classes",
-    "data.augment", "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
+    "data.augment", "data.latents", "data.lanes", "data.window", "model", "objective", "train.batch",
+    "train.ema",
 )  # fmt: skip
 
 

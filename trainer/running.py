@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.augment import Augment
-from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
 from flows.errors import UserError
@@ -33,6 +32,7 @@ from parallel.processes import Ranks, start, stop
 from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
+from trainer.latents import open_reader
 from trainer.loop import Parts, checkpoint_tensors, train
 from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe, write_recipe
@@ -138,9 +138,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
 def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
-    decoder = open_decoder(
-        data.decoder, channels=data.channels, threads=data.threads, device=device
-    )
+    decoder = open_reader(made.recipe, made.stream.urls, device)
     return Loader(
         made.stream,
         decoder,

@@ -11,12 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.errors import UserError
+from launch.commands.encode import encode
 from launch.commands.sample import check_picture
 
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
 
-app = typer.Typer(help="Pack, index and verify WebDataset shards.", no_args_is_help=True)
+app = typer.Typer(help="Pack, index, encode and verify WebDataset shards.", no_args_is_help=True)
+app.command()(encode)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Pattern = Annotated[
@@ -24,12 +26,18 @@ Pattern = Annotated[
 ]
 # A damaged data set can have a problem a sample; the rest is in --json.
 SHOWN_PROBLEMS = 20
+SHOWN_SIZES = 12
+BAR = 24  # characters of the longest bar of a histogram
 
 
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="x.npz (arrays images, labels), shards x-*.tar, or sklearn:digits")
+        str,
+        typer.Argument(
+            help="A folder of class folders, a table (.csv, .jsonl, .parquet), x.npz (arrays images, "
+            "labels), shards x-*.tar, or sklearn:digits."
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="Where train-*.tar and heldout-*.tar go.")],
     per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 10_000,
@@ -38,11 +46,18 @@ def pack(
         int | None, typer.Option(min=0, help="Shuffle all samples first, by this seed.")
     ] = None,
     label_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its class.")
+        str | None,
+        typer.Option(help="Column of the table, or field of each sample's .json, with its class."),
     ] = None,
     caption_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its caption.")
+        str | None,
+        typer.Option(
+            help="Column of the table, or field of each sample's .json, with its caption."
+        ),
     ] = None,
+    image_field: Annotated[
+        str, typer.Option(help="Column of a table with image bytes or paths.")
+    ] = "image",
     as_json: Json = False,
 ) -> None:
     """Write images into shards; the same source gives the same bytes."""
@@ -50,7 +65,9 @@ def pack(
     from trainer.storage import reach_plain_storage
 
     reach_plain_storage()
-    samples = packer.open_source(source, label_field=label_field, caption_field=caption_field)
+    samples = packer.open_source(
+        source, label_field=label_field, caption_field=caption_field, image_field=image_field
+    )
     try:
         written = packer.pack(
             samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle
@@ -115,7 +132,7 @@ def verify(
     reach_plain_storage()
     report = verifier.verify(pattern, classes=classes)
     if as_json:
-        _print_json(vars(report))
+        _print_json(report.to_dict())
     else:
         _print_report(pattern, report)
     if picture is not None and not report.problems:
@@ -164,10 +181,21 @@ def _print_report(pattern: str, report: "Report") -> None:
     console = Console()
     table = Table("what", "value", title=pattern)
     table.add_row("shards", f"{report.shards:,}")
+    table.add_row("checksums as in dataset.json", f"{report.checksums:,}")
     table.add_row("samples", f"{report.samples:,}")
+    table.add_row("captions", f"{report.captions:,}")
     table.add_row("image bytes", f"{report.bytes:,}")
-    for size, count in report.sizes.most_common():
+    for size, count in report.sizes.most_common(SHOWN_SIZES):
         table.add_row(f"images {size}", f"{count:,}")
+    if len(report.sizes) > SHOWN_SIZES:
+        table.add_row("images of other sizes", f"{len(report.sizes) - SHOWN_SIZES:,} sizes")
+    most = max(report.shorter_sides.values(), default=1)
+    for side, count in sorted(report.shorter_sides.items()):
+        bar = "█" * -(-BAR * count // most)
+        table.add_row(f"shorter side {side} to {2 * side - 1}", f"{bar} {count:,}")
+    for name, moments in report.moments.items():
+        for what, values in (("mean", moments.mean), ("deviation", moments.std)):
+            table.add_row(f"{name} {what}", " ".join(f"{value:.4g}" for value in values))
     for label, count in sorted(report.labels.items()):
         table.add_row(f"class {label}", f"{count:,}")
     table.add_row("problems", f"{len(report.problems):,}")

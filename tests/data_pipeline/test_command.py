@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from data_pipeline.catalog import NAME
@@ -44,7 +45,12 @@ def test_pack_index_verify(tmp_path):
         run("verify", f"{folder}/*.tar", "--classes", "10", "--json", "--picture", str(picture))
     )
     assert (report["shards"], report["samples"], report["problems"]) == (4, 1797, [])
+    assert report["checksums"] == 4
     assert report["sizes"] == {"L 8x8": 1797}
+    assert report["shorter_sides"] == {"8": 1797}
+    pixels = np.rint(load_digits().images * (255 / 16)) / 127.5 - 1
+    assert report["moments"]["L"]["mean"] == pytest.approx([pixels.mean()])
+    assert report["moments"]["L"]["std"] == pytest.approx([pixels.std()])
     assert sum(report["labels"].values()) == 1797
     assert sorted(report["labels"]) == [str(n) for n in range(10)]
     pixels = np.asarray(Image.open(picture))
@@ -79,8 +85,8 @@ def test_verify_finds_every_problem_and_goes_on(tmp_path):
 def test_bad_input_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no shard"):
         run("verify", f"{tmp_path}/*.tar")
-    with pytest.raises(UserError, match=r"x\.csv: cannot be packed"):
-        run("pack", "x.csv", str(tmp_path))
+    with pytest.raises(UserError, match=r"x\.zip: cannot be packed"):
+        run("pack", "x.zip", str(tmp_path))
 
 
 def test_asking_for_help_loads_nothing_heavy():
