@@ -21,7 +21,7 @@ from trainer.checkpoints.store import save
 from trainer.ema import Ema
 from trainer.recipe import Recipe
 from trainer.reporting import Quiet
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, science
 from trainer.sampling import sample_over_ranks
 from trainer.schedules import learning_rate
 from trainer.telemetry import Telemetry
@@ -126,6 +126,7 @@ def checkpoint(parts: Parts, done: int) -> None:
             tensors=checkpoint_tensors(parts),
             state={
                 "step": done,
+                "science": science(parts.recipe),
                 "loader": parts.loader.state_dict(),
                 "telemetry": parts.telemetry.state_dict(),
             },

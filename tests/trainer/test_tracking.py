@@ -18,7 +18,7 @@ import torch
 from mlflow import MlflowClient
 
 from flows.errors import UserError
-from trainer.tracking import Tracker, start
+from trainer.tracking import Tracker, forget, start
 from trainer.tracking.outbox import Outbox
 from trainer.tracking.redact import flatten, redact, redact_text, safe_name
 from trainer.tracking.tracker import Pace
@@ -34,7 +34,7 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _start(folder: Path, uri: str, warnings: list[str] | None = None) -> Tracker:
     said: list[str] = [] if warnings is None else warnings
-    return start(folder, uri, "law", folder.name, None, said.append, QUICK)
+    return start(folder, uri, "law", folder.name, said.append, QUICK)
 
 
 def _history(uri: str, run_id: str | None, name: str) -> list[tuple[int, float]]:
@@ -103,12 +103,32 @@ def test_a_resumed_run_goes_on_and_repeats_nothing(sqlite: str, tmp_path: Path) 
     assert _history(sqlite, second.run_id, "loss") == expected
 
 
+def test_a_file_is_added_later_and_the_status_stays(sqlite: str, tmp_path: Path) -> None:
+    first = _start(tmp_path, sqlite)
+    first.close("KILLED", PATIENT)
+    added = tmp_path / "final.png"
+    added.write_bytes(b"picture")
+    second = start(tmp_path, sqlite, "law", tmp_path.name, print, QUICK, begin=False)
+    second.artifact(added, "samples")
+    second.close(None, PATIENT)
+    client = MlflowClient(tracking_uri=sqlite)
+    assert client.get_run(second.run_id).info.status == "KILLED"
+    assert [a.path for a in client.list_artifacts(second.run_id, "samples")] == [
+        "samples/final.png"
+    ]
+
+    forget(tmp_path)
+    third = _start(tmp_path, sqlite)
+    third.close("FINISHED", PATIENT)
+    assert third.run_id not in (None, first.run_id), "begun anew is another run"
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.tracking import start
 from trainer.tracking.tracker import Pace
-tracker = start(Path(sys.argv[1]), sys.argv[2], "law", "killed", None, print, Pace(0.02, 0.1, 0.1))
+tracker = start(Path(sys.argv[1]), sys.argv[2], "law", "killed", print, Pace(0.02, 0.1, 0.1))
 for step in range(1, 10**9):
     tracker.metrics(step, {"loss": float(step)})
     time.sleep(0.002)
