@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -197,17 +197,16 @@ class Budget:
         if not bad:
             return
         epoch = position // self._samples
-        if epoch != self._epoch:
-            self._epoch, self._in_epoch = epoch, 0
-        self._in_epoch += bad
-        self.total += bad
+        in_epoch = bad + (self._in_epoch if epoch == self._epoch else 0)
         allowed = int(self._fraction * self._samples)
-        if self._in_epoch > allowed:
+        if in_epoch > allowed:
             raise UserError(
-                f"{self._in_epoch} bad samples in this epoch of {self._samples}, and "
-                f"data.max_bad_fraction = {self._fraction:g} allows {allowed}; see quarantine.jsonl in "
-                "the run folder, and repair them or raise it"
+                f"{in_epoch} bad samples in this epoch of {self._samples}, and data.max_bad_fraction = "
+                f"{self._fraction:g} allows {allowed}; see quarantine.jsonl in the run folder, and repair "
+                "them or raise it"
             )
+        self._epoch, self._in_epoch = epoch, in_epoch
+        self.total += bad
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "in_epoch": self._in_epoch, "total": self.total}
@@ -250,10 +249,18 @@ class Quarantine:
             return
         self._known.update(_identity(line) for line in new)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-        with self._path.open("ab") as file:
+        with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            _cut_torn_tail(file)
             file.write(text.encode())
             file.flush()
+
+
+def _cut_torn_tail(file: IO[bytes]) -> None:
+    """Remove what a killed process has left of a line."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
 
 
 def _identity(line: Mapping[str, Any]) -> int | str:

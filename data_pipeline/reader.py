@@ -205,6 +205,8 @@ def _whole(part: Range, content: bytes | UserError) -> bytes | UserError:
 
 
 def _unreadable(url: str, error: OSError) -> UserError:
-    return UserError(
-        f"{url}: the shard can no longer be read ({describe(error)}); check that it is still there"
+    gone = isinstance(error, FileNotFoundError)
+    remedy = (
+        "that it is still there" if gone else "its storage, or raise data.storage.timeout_seconds"
     )
+    return UserError(f"{url}: the shard can no longer be read ({describe(error)}); check {remedy}")

@@ -200,8 +200,7 @@ def patiently(request: Callable[[], T], *, attempts: int | None = None) -> T:
             raise
         except passing_errors() as error:
             if attempt == most or _is_final(error):
-                times = f" ({attempt} attempts)" if attempt > 1 else ""
-                raise GaveUp(f"{describe(error)}{times}") from error
+                raise GaveUp(describe(error)) from error
         time.sleep(pause * _jitter.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
     raise ValueError("attempts must be at least 1")
@@ -222,6 +221,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, (asyncio.TimeoutError, IndexError)):
         limit = f" within {_access.timeout:g} s" if _access.timeout else " in time"
         return f"no answer{limit}"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     words = " ".join(str(error).split()) or type(error).__name__
     for secret in _access.hidden:
         words = words.replace(secret, "***")

@@ -49,7 +49,7 @@ def _is_older(index: Facts, shard: Facts) -> bool:
 
 def _parse(text: str) -> list[Member] | None:
     """Lines of `extension offset size name`, repeated; None for other versions and spaced names."""
-    head, *lines = text.splitlines()
+    head, *lines = text.splitlines() or [""]
     if head.split() != [VERSION, str(len(lines))]:
         return None
     members = []

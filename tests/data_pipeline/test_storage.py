@@ -60,7 +60,7 @@ def test_what_stays_is_given_up_at_once_or_after_so_many_attempts(monkeypatch):
             storage.patiently(request)
         assert request.asked == 1
     request = Flaky(*[OSError("reset")] * 9)
-    with pytest.raises(storage.GaveUp, match=r"^reset \(3 attempts\)$"):
+    with pytest.raises(storage.GaveUp, match=r"^reset$"):
         storage.patiently(request)
     assert request.asked == 3
     request = Flaky(ZeroDivisionError())
