@@ -95,7 +95,7 @@ def sign(url: str, place: Place) -> str:
     try:
         facts = place.storage.info(place.path)
     except OSError as error:
-        raise UserError(f"{url}: the shard cannot be found ({error})") from error
+        raise UserError(f"{url}: the shard cannot be found ({error}); check the path") from error
     mark = next((facts[name] for name in CHANGE_MARKS if facts.get(name)), "")
     return f"{VERSION} {facts['size']} {mark}"
 
@@ -128,8 +128,12 @@ def scan(url: str) -> ShardIndex:
         raise UserError(
             f"{url}: not a whole uncompressed tar ({error}); copy or pack the shard again"
         ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{url} is a folder; name the shards in it, as in {url}/*.tar") from error
     except OSError as error:
-        raise UserError(f"{url}: the shard cannot be read ({error})") from error
+        raise UserError(
+            f"{url}: the shard cannot be read ({error}); check its permissions"
+        ) from error
     return _tabulate(url, rows)
 
 

@@ -46,8 +46,17 @@ class _Rank:
 
 
 def joined_by_launcher() -> bool:
-    """Whether torchrun, or the parent in this module, has started this process as a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, or the parent in this module, has started this process as a rank.
+
+    Raises UserError if only half of what a launcher says is there.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        raise UserError(
+            f"{given[0]} is set and the other of RANK and WORLD_SIZE is not; start with torchrun or "
+            f"--ranks, which set both, or unset {given[0]}."
+        )
+    return bool(given)
 
 
 def world_size_from_launcher() -> int:

@@ -12,8 +12,9 @@ from trainer.assembly import Plan, plan
 from trainer.checkpoints.store import list_checkpoints
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, check_place, check_resume
+from trainer.tracking import check_address
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,27 @@ def check(recipe: Recipe, world_size: int) -> list[Check]:
     recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     check_place(run)
+    if recipe.tracking.mlflow and recipe.tracking.uri is not None:
+        check_address(recipe.tracking.uri)
     changed = check_resume(run, recipe)
     with torch.device("meta"):
         parameters = parameter_count(DiT(made.model), trainable_only=True)
     checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
     free = _free_disk(run.root)
-    if free < checkpoint_bytes * (recipe.checkpoint.keep + 1):
+    count = recipe.checkpoint.keep + 1
+    if free < checkpoint_bytes * count:
         raise UserError(
-            f"run.dir = {run.root} has {free / GIB:.1f} GiB free, and {recipe.checkpoint.keep + 1} "
-            f"checkpoints need {checkpoint_bytes * (recipe.checkpoint.keep + 1) / GIB:.1f} GiB; "
-            "free some, choose another folder, or lower checkpoint.keep."
+            f"run.dir = {run.root} has {_size(free)} free, and {count} checkpoints need "
+            f"{_size(checkpoint_bytes * count)}; free some, choose another folder, or lower "
+            "checkpoint.keep."
         )
     return [
         *_layout_checks(made),
         Check("model", f"{parameters:,} trainable parameters"),
         Check("step", f"{3 * forward_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
-        Check(
-            "memory a rank", f"{_state_bytes(made, parameters) / GIB:.3f} GiB before activations"
-        ),
+        Check("memory a rank", f"{_size(_state_bytes(made, parameters))} before activations"),
         *_data_checks(made),
-        Check("checkpoint", f"{checkpoint_bytes / GIB:.3f} GiB each, {free / GIB:.1f} GiB free"),
+        Check("checkpoint", f"{_size(checkpoint_bytes)} each, {_size(free)} free"),
         Check("run folder", _run_state(run, changed)),
     ]
 
@@ -61,7 +63,8 @@ def _layout_checks(made: Plan) -> list[Check]:
     layout, train = made.layout, made.recipe.train
     micro = min(train.microbatch or made.local_batch, made.local_batch)
     degrees = f"{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
-    batch = f"{train.batch} = {layout.data_size} ranks x {made.local_batch}, microbatch {micro}"
+    ranks = "1 rank" if layout.data_size == 1 else f"{layout.data_size} ranks"
+    batch = f"{train.batch} = {ranks} x {made.local_batch}, microbatch {micro}"
     return [Check("layout", degrees), Check("batch", batch)]
 
 
@@ -90,6 +93,11 @@ def _run_state(run: RunFolder, changed: list[str]) -> str:
         return "new"
     change = f"; changed: {', '.join(changed)}" if changed else ""
     return f"resumes from step {whole[-1].step}{change}"
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
 def _free_disk(folder: Path) -> int:

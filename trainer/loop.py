@@ -5,6 +5,7 @@ Components go in, events come out; nobody subclasses it. It does not know which 
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from trainer.schedules import learning_rate
 from trainer.telemetry import Telemetry
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_REQUEST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def train(parts: Parts, first: int) -> int:
     recipe, telemetry = parts.recipe, parts.telemetry
     last = recipe.train.steps
     with stop_requested() as stop:
+        telemetry.restart_clock()
         for done in range(first + 1, last + 1):
             one_step(parts, done - 1, stop.is_set())
             ending = telemetry.stop_agreed or done == last
@@ -148,13 +151,22 @@ def show_samples(parts: Parts, done: int) -> None:
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT and SIGUSR1 set; a second signal acts as it did before."""
+    """An event that SIGTERM, SIGINT and SIGUSR1 set; one that comes again later acts as it did before.
+
+    One request may arrive twice: from the terminal or the scheduler, and passed on by the parent.
+    """
     event = threading.Event()
+    asked = 0.0
     before = {kind: signal.getsignal(kind) for kind in STOP_SIGNALS}
 
     def ask(number: int, _frame: object) -> None:
-        event.set()
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal asked
+        if not event.is_set():
+            asked = time.monotonic()
+            event.set()
+        elif time.monotonic() - asked > SAME_REQUEST_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for kind in STOP_SIGNALS:
         signal.signal(kind, ask)

@@ -7,7 +7,7 @@ written back, complete, into the run's folder. Nothing in the environment change
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -52,15 +52,23 @@ class Section(BaseModel):
     @classmethod
     def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes, on and true would pass for the number 1."""
-        field = cls.model_fields[str(info.field_name)]
+        wanted = cls.model_fields[str(info.field_name)].annotation
         parts = value if isinstance(value, list) else [value]
-        if field.annotation is not bool and any(isinstance(part, bool) for part in parts):
+        if bool not in (wanted, *get_args(wanted)) and any(
+            isinstance(part, bool) for part in parts
+        ):
             raise PydanticCustomError("yes_or_no", "a yes or no")
         return value
 
 
 class RunSection(Section):
     dir: Text = Field(description="folder of this run; a checkpoint in it is resumed")
+
+    @field_validator("dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        """`~/` means the same here as it does to a shell, which does not look behind `run.dir=`."""
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
 
 
 class SourceSection(Section):
@@ -115,8 +123,8 @@ class DataSection(Section):
 class ModelSection(Section):
     """A published name, or a size of your own; a name and a key together change that key alone."""
 
-    family: Literal["dit"] = "dit"
     name: str | None = Field(None, description="a name of the zoo, e.g. SiT-S/2")
+    family: Literal["dit"] = "dit"
     patch: Positive | None = None
     width: Positive | None = None
     depth: Positive | None = None
@@ -265,7 +273,7 @@ class Recipe(Section):
         if low >= high:
             raise ValueError(
                 f"sample.guidance_low = {low} is not below sample.guidance_high = {high}; "
-                "guidance acts where low <= t < high"
+                "lower it, for guidance acts where low <= t < high"
             )
         if self.sample.guidance != 1.0 and self.objective.label_drop == 0.0:
             raise ValueError(
@@ -275,7 +283,7 @@ class Recipe(Section):
         if self.optimizer.final_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.final_lr = {self.optimizer.final_lr} is above "
-                f"optimizer.lr = {self.optimizer.lr}; the schedule decays towards final_lr"
+                f"optimizer.lr = {self.optimizer.lr}; lower it, for the schedule decays towards it"
             )
         if len(set(self.train.ema)) != len(self.train.ema):
             raise ValueError(f"train.ema = {self.train.ema} names a decay twice; list each once")
@@ -321,7 +329,7 @@ def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{_origin(name, overrides) or where}: {line}" for name, line in refusals(error, Recipe)
+            f"{_origin(name, where, overrides)}: {line}" for name, line in refusals(error, Recipe)
         ]
         raise UserError("\n".join(lines)) from None
 
@@ -333,6 +341,8 @@ def shipped_recipes() -> list[str]:
 
 def find_recipe(source: str) -> Path:
     """A file path, or the name of a shipped recipe. Raises UserError naming the nearest one."""
+    if not source:
+        raise UserError(f"The recipe has no name; give a file, or {', '.join(shipped_recipes())}.")
     path = Path(source)
     if path.is_dir():
         raise UserError(
@@ -369,7 +379,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *sections, key = name.split(".")
     if not equals or not all([*sections, key]):
         raise UserError(
-            f"Override {override!r} is not section.key=value; write it as train.steps=100."
+            f"command line: {override!r} is not section.key=value; write it as in train.steps=100."
         )
     place = data
     for depth, section in enumerate(sections):
@@ -377,18 +387,22 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             value = ".".join(sections[: depth + 1])
             raise UserError(
-                f"Override {override!r}: {value} is a value and has no keys; write {value}=VALUE."
+                f"command line: {override!r} sets a key in {value}, which is a value; "
+                f"write {value}=VALUE."
             )
         place = inner
-    place[key] = parse_yaml(text, f"Override {override!r}")
+    place[key] = parse_yaml(text, f"command line: {override!r}")
 
 
-def _origin(name: str, overrides: Sequence[str]) -> str | None:
-    """The last override that set the key `name`, something in it, or the section it is in."""
-    wrong = name.replace("[", ".[").split(".")
-    for override in reversed(overrides):
-        given = override.partition("=")[0].split(".")
-        shared = min(len(given), len(wrong))
-        if name and given[:shared] == wrong[:shared]:
-            return f"Override {override!r}"
-    return None
+def _origin(name: str, where: str, overrides: Sequence[str]) -> str:
+    """Who set the key `name`; a rule between keys ("") may be broken by either of two."""
+    if not name and overrides:
+        return f"{where} with the changes of the command line"
+    return "command line" if _overridden(name, overrides) else where
+
+
+def _overridden(name: str, overrides: Sequence[str]) -> bool:
+    """Whether an override set the key `name`, something in it, or the section it is in."""
+    wrong = name.split(".")
+    given = [override.partition("=")[0].split(".") for override in overrides]
+    return name != "" and any(wrong[: len(keys)] == keys[: len(wrong)] for keys in given)

@@ -15,14 +15,14 @@ _MUST = {
     "finite_number": "must be a finite number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_parsing_size": "must be a whole number of fewer digits",
     "int_type": "must be a whole number",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "list_type": "must be a list, written as [a, b]",
     "literal_error": "must be {expected}",
     "string_too_short": "must not be empty",
@@ -30,7 +30,10 @@ _MUST = {
     "too_long": "must have {max_length} values",
     "too_short": "must have at least {min_length} values",
     "tuple_type": "must be a list, written as [a, b]",
-    "yes_or_no": "is a yes or no, as YAML reads yes, no, on and off too; give a value, or quote it",
+    "yes_or_no": (
+        "must not be or hold a yes or no (YAML reads yes, no, on and off as one); write a value, or put "
+        "the word in quotes"
+    ),
 }
 
 
@@ -39,11 +42,13 @@ def refusals(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[s
     for item in error.errors(include_url=False):
         # Which kind a value was taken for, in brackets, is no part of its name.
         location = [part for part in item["loc"] if not str(part).startswith("(")]
-        yield _dotted(location), _sentence(model, item["type"], location, item)
+        keys = [part for part in location if isinstance(part, str)]
+        yield ".".join(keys), _sentence(model, item["type"], location, item)
 
 
 def _sentence(model: type[BaseModel], kind: str, location: list[Any], item: Any) -> str:
-    name, context = _dotted(location), item.get("ctx", {})
+    name, value = _named(location), shown(item["input"])
+    context = {key: _plain(limit) for key, limit in item.get("ctx", {}).items()}
     if kind == "value_error":
         return f"{name}: {context['error']}." if name else f"{context['error']}."
     if kind == "extra_forbidden":
@@ -52,20 +57,19 @@ def _sentence(model: type[BaseModel], kind: str, location: list[Any], item: Any)
         return _missing(model, location)
     if kind == "model_type":
         example = f"{name}.{_keys(_at(model, location))[0]}"
-        given = "is empty" if item["input"] is None else f"= {_shown(item['input'])} is one value"
-        return f"{name} {given}, and it is a section; give it keys such as {example}."
+        given = "is empty" if item["input"] is None else f"= {value} is a value"
+        return f"{name} {given}, and {name} is a section; give it keys such as {example}."
     if kind not in _MUST:
         message = str(item["msg"])
-        return f"{name} = {_shown(item['input'])} is refused: {message[0].lower()}{message[1:]}."
-    return f"{name} = {_shown(item['input'])} {_MUST[kind].format(**context)}."
+        return f"{name} = {value} is refused: {message[0].lower()}{message[1:]}."
+    given = f"{name} is empty and" if item["input"] is None else f"{name} = {value}"
+    return f"{given} {_MUST[kind].format(**context)}."
 
 
 def _missing(model: type[BaseModel], location: list[Any]) -> str:
-    name = _dotted(location)
+    name = _named(location)
     if isinstance(location[-1], int):
-        return (
-            f"{_dotted(location[:-1])} must have more values; value {location[-1] + 1} is missing."
-        )
+        return f"{name} is missing; give the list all its values."
     section = _at(model, location)
     if section is None:
         return f"{name} is missing and has no default; give it a value."
@@ -79,10 +83,10 @@ def _nearest(model: type[BaseModel], location: list[Any]) -> str:
     *inside, key = location
     section = _at(model, inside) or model
     if near := difflib.get_close_matches(str(key), _keys(section), 1):
-        return f"did you mean {_dotted([*inside, near[0]])}?"
+        return f"did you mean {_named([*inside, near[0]])}?"
     if elsewhere := [name for name in _leaves(model) if name.rpartition(".")[2] == key]:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"{_dotted(inside) or 'it'} has the keys {', '.join(_keys(section))}."
+    return f"{_named(inside) or 'a recipe'} has the keys {', '.join(_keys(section))}."
 
 
 def _at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
@@ -114,15 +118,25 @@ def _leaves(model: type[BaseModel], inside: tuple[str, ...] = ()) -> Iterator[st
             yield from _leaves(section, (*inside, key))
 
 
-def _dotted(location: list[Any]) -> str:
-    name = ""
-    for part in location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
-    return name
+def _named(location: list[Any]) -> str:
+    """`section.key`, `value 2 of section.key`, or `key of value 2 of section.key`."""
+    *inside, last = location or [""]
+    if isinstance(last, int):
+        return f"value {last + 1} of {_named(inside)}"
+    if any(isinstance(part, int) for part in inside):
+        return f"{last} of {_named(inside)}"
+    return ".".join([*inside, last])
 
 
-def _shown(value: Any) -> str:
-    """A value as YAML would have it, not too long."""
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    text = "null" if value is None else text
+def _plain(limit: Any) -> Any:
+    """A limit without the decimals that say nothing."""
+    return f"{limit:g}" if isinstance(limit, float) else limit
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence: as YAML has it, and not too long."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    listed = isinstance(value, list)
+    text = f"[{', '.join(map(shown, value))}]" if listed else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

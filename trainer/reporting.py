@@ -118,11 +118,16 @@ class Report(Quiet):
         """A grid of this step, kept as numbers too, so that the grid over training can grow."""
         pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         path = self._run.samples / f"step-{step:08d}"
-        np.savez_compressed(path.with_suffix(".npz"), images=pixels.numpy(), labels=labels.numpy())
+        # Replaced at once: a torn file would end every later grid over training, and the run with it.
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+        partial.replace(path.with_suffix(".npz"))
         picture = path.with_suffix(".png")
         pictures.class_grid(images, labels, self._recipe.data.names, picture, GRID_COLUMNS)
         files = sorted(self._run.samples.glob("step-*.npz"))
-        shown = files[-1 :: -(-(-len(files) // GRID_ROWS))][::-1]
+        every = -(-len(files) // GRID_ROWS)
+        shown = files[::-1][::every][::-1]
         rows = [(int(file.stem.removeprefix("step-")), _read_images(file)) for file in shown]
         over_time = self._run.samples / "training.png"
         pictures.training_grids(rows, over_time, 2 * GRID_COLUMNS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flows.errors import UserError
-from trainer.recipe import Recipe, build_recipe, write_recipe
+from trainer.recipe import Recipe, build_recipe
 from trainer.yaml_text import read_yaml
 
 # What decides the science of a run: a resume that changed one of these would be another run.
@@ -94,24 +94,29 @@ def check_resume(run: RunFolder, recipe: Recipe) -> list[str]:
 
 def check_place(run: RunFolder) -> None:
     """Raises UserError if the run's folder could not be written, or another process trains in it."""
+    check_writable(run)
+    with suppress(FileNotFoundError), (run.root / ".lock").open() as lock:
+        _hold(lock, run)
+
+
+def check_writable(run: RunFolder) -> None:
+    """Raises UserError if the run's folder cannot be written, or could not be made."""
     root = run.root.resolve()
     try:
         existing = next(path for path in (root, *root.parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(
-                f"run.dir = {run.root} cannot be a folder, for {existing} is a file; choose another."
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with suppress(FileNotFoundError), (root / ".lock").open() as lock:
-            _hold(lock, run)
     except OSError as error:
         raise _unwritable(run, error) from None
+    if not existing.is_dir():
+        raise UserError(
+            f"run.dir = {run.root} cannot be a folder, for {existing} is a file; choose another."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(run, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextmanager
-def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
-    """The one process that writes this run: makes the folders, holds the lock, keeps the recipe.
+def locked(run: RunFolder) -> Iterator[None]:
+    """The one process that writes this run: makes the folders and holds the lock.
 
     Raises UserError if another process is training here, or if the folder cannot be written.
     """
@@ -123,7 +128,6 @@ def writing(run: RunFolder, recipe: Recipe) -> Iterator[None]:
         raise _unwritable(run, error) from None
     with lock:
         _hold(lock, run)
-        write_recipe(recipe, run.recipe)
         yield
 
 

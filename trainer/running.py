@@ -3,16 +3,17 @@
 The order in which a run begins or goes on is a contract:
 
 1. The recipe is checked against machine, model, shards and run folder; nothing exists yet.
-2. The ranks meet; rank 0 locks the run folder and writes the resolved recipe.
+2. The ranks meet; rank 0 locks the run folder.
 3. The model is laid over the mesh and drawn from the seed, the averages begin at the weights.
 4. The newest whole checkpoint, if any, overwrites weights, optimizer, averages and counters in place.
-5. The loader stands at the checkpoint's position; metrics after its step are dropped, to be written again.
-6. The loop goes on at the checkpoint's step: everything random is a function of step and position.
+5. The loader stands at the checkpoint's position. Up to here whatever is refused leaves a run as it was.
+6. Rank 0 writes the resolved recipe, drops metrics after the checkpoint's step, and calls MLflow.
+7. The loop goes on at the checkpoint's step: everything random is a function of step and position.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +30,9 @@ from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.loop import Parts, checkpoint_tensors, train
 from trainer.optimizers import build as build_adamw
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, write_recipe
 from trainer.reporting import Progress, Quiet, Report, open_tracker
-from trainer.run_folder import RunFolder, check_resume, writing
+from trainer.run_folder import RunFolder, check_resume, locked
 from trainer.telemetry import Telemetry
 
 
@@ -61,27 +62,35 @@ def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         with ExitStack() as stack:
-            report: Quiet = Quiet()
-            if ranks.is_first:
-                report = stack.enter_context(_reporting(run, recipe, ranks, progress))
-            return _train_rank(made, run, ranks, report, changed, stack)
+            return _train_rank(made, run, ranks, progress, changed, stack)
     finally:
         stop()
 
 
 def _train_rank(
-    made: Plan, run: RunFolder, ranks: Ranks, report: Quiet, changed: list[str], stack: ExitStack
+    made: Plan,
+    run: RunFolder,
+    ranks: Ranks,
+    progress: Progress,
+    changed: list[str],
+    stack: ExitStack,
 ) -> Outcome:
     recipe = made.recipe
-    parts = assemble(made, run, ranks, report)
+    if ranks.is_first:
+        stack.enter_context(locked(run))
+    parts = assemble(made, run, ranks, Quiet())
     stack.callback(parts.loader.close)
     first = _restore(parts)
+    if ranks.is_first:
+        report = stack.enter_context(_reporting(run, recipe, ranks, progress))
+        report.resume(first)
+        parts = replace(parts, report=report)
     if first:
-        report.note(f"resuming {run.root} from step {first}")
+        parts.report.note(f"resuming {run.root} from step {first}")
         for change in changed:
-            report.note(f"changed since it began: {change}")
+            parts.report.note(f"changed since it began: {change}")
     done = train(parts, first)
-    report.end(done, recipe.train.steps)
+    parts.report.end(done, recipe.train.steps)
     return Outcome(done, recipe.train.steps)
 
 
@@ -163,7 +172,6 @@ def _restore(parts: Parts) -> int:
         parts.loader.load_state_dict(state["loader"])
         parts.telemetry.load_state_dict(state["telemetry"])
         first = int(state["step"])
-    parts.report.resume(first)
     return first
 
 
@@ -171,9 +179,9 @@ def _restore(parts: Parts) -> int:
 def _reporting(
     run: RunFolder, recipe: Recipe, ranks: Ranks, progress: Progress
 ) -> Iterator[Report]:
-    """Rank 0's voice: the folder's lock, MLflow, and a true status at the end."""
+    """Rank 0's voice: the recipe in the folder, MLflow, and a true status at the end."""
     with ExitStack() as stack:
-        stack.enter_context(writing(run, recipe))
+        write_recipe(recipe, run.recipe)
         tracker = open_tracker(run, recipe, progress.note)
         tracker.recipe(recipe.model_dump(mode="json"))
         tracker.environment(ranks.world_size, ranks.device)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.dit import DiT
-from flows.objectives.flow_matching import FlowMatching
 from flows.samplers.sampler import sample
 from parallel.engines.engine import Engine
 from parallel.processes import choose_device

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.errors import UserError
+from launch.commands.sample import check_picture
 
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
@@ -48,7 +49,15 @@ def pack(
     from data_pipeline import pack as packer
 
     samples = packer.open_source(source, label_field=label_field, caption_field=caption_field)
-    written = packer.pack(samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle)
+    try:
+        written = packer.pack(
+            samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle
+        )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: shards cannot be written there ({error.strerror}); give a "
+            "folder with room, or a path where one can be made."
+        ) from error
     if as_json:
         _print_json([asdict(shard) | {"path": str(shard.path)} for shard in written])
         return
@@ -88,6 +97,8 @@ def verify(
     """Decode every sample; exit code 1 if anything is wrong with any."""
     from data_pipeline import verify as verifier
 
+    if picture is not None:
+        check_picture("--picture", picture)
     report = verifier.verify(pattern, classes=classes)
     if as_json:
         _print_json(vars(report))

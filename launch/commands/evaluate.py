@@ -21,10 +21,11 @@ def evaluate(
     Kept as RUN/evaluation.json, too.
     """
     from trainer.judging import judge_run
-    from trainer.run_folder import open_run
+    from trainer.run_folder import check_writable, open_run
     from trainer.sampling import with_overrides
 
     folder, recipe = open_run(run)
+    check_writable(folder)
     samples, found = judge_run(folder, with_overrides(recipe, overrides or []), count)
     verdict = {"network_calls": samples.network_calls, **found.to_dict()}
     text = json.dumps(verdict)

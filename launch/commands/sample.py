@@ -1,6 +1,7 @@
 """`flowmill sample`: pictures from a trained run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,13 +34,11 @@ def sample(
     folder, recipe = open_run(run)
     recipe = with_overrides(recipe, overrides or [])
     path = out or folder.samples / "final.png"
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path} is not a .png file; name one.")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first.")
+    check_picture("--out", path)
     drawn = sample_checkpoint(folder, recipe, count)
     pictures.class_grid(drawn.images, drawn.labels, recipe.data.names, path, GRID_COLUMNS)
-    add_artifact(folder, recipe, path, "samples")
+    if out is None:
+        add_artifact(folder, recipe, path, "samples")
     result = {"picture": str(path), "samples": count, "network_calls": drawn.network_calls}
     if as_json:
         typer.echo(json.dumps(result))
@@ -47,3 +46,13 @@ def sample(
     Console(soft_wrap=True).print(
         f"{count} samples at {drawn.network_calls} network calls each: {path}", highlight=False
     )
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Raises UserError, before anything takes long, where no PNG could be written."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"{option} {path} is not the name of a .png file; give one.")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written; check permissions, or give another.")

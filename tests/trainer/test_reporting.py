@@ -1,5 +1,7 @@
 """What a report keeps to draw with does not grow with the run."""
 
+from itertools import pairwise
+
 from trainer.reporting import CURVE_POINTS, Curve
 
 
@@ -12,6 +14,6 @@ def test_curve_thins_evenly_and_keeps_resumes() -> None:
     assert len(steps) <= CURVE_POINTS
     assert 12_345 in steps
     steps.remove(12_345)
-    gaps = {b - a for a, b in zip(steps, steps[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(steps)}
     assert len(gaps) == 1, f"uneven after thinning: {gaps}"
     assert steps[-1] > 39_900

@@ -1,5 +1,5 @@
 """MLflow beside the training, never in its way."""
 
-from trainer.tracking.tracker import Silent, Tracker, open_command, start
+from trainer.tracking.tracker import Silent, Tracker, check_address, open_command, start
 
-__all__ = ["Silent", "Tracker", "open_command", "start"]
+__all__ = ["Silent", "Tracker", "check_address", "open_command", "start"]

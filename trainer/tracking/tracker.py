@@ -60,16 +60,21 @@ def start(
 
     Does not wait for the store. Raises UserError for an address that MLflow cannot serve.
     """
-    if not uri.startswith(_SCHEMES):
-        raise UserError(
-            f"tracking.uri = {redact_text(uri)} is no store MLflow serves (plain folders are "
-            "none any more); use sqlite:////path/mlflow.db or the http address of a server."
-        )
+    check_address(uri)
     load_mlflow()
     outbox = Outbox(folder, uri)
     if run_id is not None and run_id != outbox.state.run_id:
         outbox.save(replace(outbox.state, run_id=run_id))
     return Tracker(outbox, Store(uri, experiment, run_name), warn, pace or Pace())
+
+
+def check_address(uri: str) -> None:
+    """Raises UserError for an address that MLflow cannot serve; asks nobody."""
+    if not uri.startswith(_SCHEMES):
+        raise UserError(
+            f"tracking.uri = {redact_text(uri)} is no store MLflow serves (plain folders are "
+            "none any more); use sqlite:////path/mlflow.db or the http address of a server."
+        )
 
 
 def open_command(uri: str) -> str:

@@ -1,0 +1,126 @@
+"""What programs read from the command line, and what a log file gets of its progress."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from launch.cli import app
+from tests.data_pipeline.conftest import grey, sample, write_tar
+from tests.launch.conftest import SHORT, Flowmill, environment
+
+
+def test_json_of_a_dry_run(flowmill: Flowmill, place: Path) -> None:
+    ended = flowmill("train", "digits8", "run.dir=fresh", *SHORT, "--dry-run", "--json")
+    checks = {check["what"]: check["found"] for check in json.loads(ended.out)}
+    assert checks["shards"] == "2 shards, 1,500 samples, 0.0 epochs"
+    assert checks["batch"] == "8 = 1 rank x 8, microbatch 8"
+    assert checks["run folder"] == "new"
+    assert (ended.code, ended.err) == (0, "")
+    assert not Path("fresh").exists()
+    ended = flowmill("train", "digits8", "run.dir=runs/kept", *SHORT, "--dry-run", "--json")
+    assert json.loads(ended.out)[-1]["found"] == "resumes from step 4"
+
+
+def test_json_of_checkpoints(flowmill: Flowmill, place: Path) -> None:
+    for command in ("list", "verify"):
+        found = json.loads(flowmill("checkpoint", command, "runs/kept", "--json").out)
+        assert [(record["step"], record["whole"]) for record in found] == [(2, True), (4, True)]
+        assert all(Path(record["path"]).is_dir() and record["size"] > 0 for record in found)
+    next(Path(found[1]["path"]).glob("*.safetensors")).unlink()
+    ended = flowmill("checkpoint", "list", "runs/kept", "--json")
+    assert [record["whole"] for record in json.loads(ended.out)] == [True, False]
+    assert ended.code == 1
+
+
+def test_json_of_data(flowmill: Flowmill, place: Path) -> None:
+    shard = write_tar(place / "a.tar", [*sample("0000", 1, 3), *sample("0001", 2, 4)])
+    assert json.loads(flowmill("data", "index", shard, "--json").out) == {
+        shard: f"{shard}.index.npz"
+    }
+    report = json.loads(flowmill("data", "verify", shard, "--json").out)
+    assert (report["samples"], report["labels"]) == (2, {"3": 1, "4": 1})
+    write_tar(place / "b.tar", [("0.png", grey(1)[:50]), ("0.cls", b"0")])
+    ended = flowmill("data", "verify", f"{place}/b.tar", "--json")
+    assert len(json.loads(ended.out)["problems"]) == 1
+    assert ended.code == 1
+    packed = json.loads(flowmill("data", "pack", shard, "packed", "--json").out)
+    assert packed[0]["samples"] == 2
+
+
+def test_json_of_samples(flowmill: Flowmill, place: Path) -> None:
+    ended = flowmill("sample", "runs/kept", "sample.steps=2", "--count", "10", "--json")
+    result = json.loads(ended.out)
+    assert result == {"picture": "runs/kept/samples/final.png", "samples": 10, "network_calls": 4}
+    assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert flowmill("sample", "runs/kept", "--count", "1", "--out", "a.PNG", "--json").code == 0
+    assert Path("a.PNG").exists()
+
+
+def test_json_of_an_evaluation(flowmill: Flowmill, place: Path) -> None:
+    ended = flowmill("evaluate", "runs/kept", "--count", "20", "--json")
+    result = json.loads(ended.out)
+    assert result["network_calls"] == 2
+    assert all(isinstance(value, (int, float, dict, list, str)) for value in result.values())
+    assert json.loads(Path("runs/kept/evaluation.json").read_text()) == result
+
+
+def test_tables_are_for_people(flowmill: Flowmill, place: Path) -> None:
+    for command in (
+        ("train", "digits8", *SHORT, "run.dir=fresh", "--dry-run"),
+        ("checkpoint", "list", "runs/kept"),
+        ("data", "verify", "embedded:digits8/heldout-000000.tar"),
+    ):
+        ended = flowmill(*command)
+        assert ended.code == 0
+        assert not ended.out.lstrip().startswith(("{", "["))
+
+
+def test_progress_off_a_terminal_is_lines(flowmill: Flowmill, place: Path) -> None:
+    ended = flowmill(
+        "train", "digits8", "run.dir=fresh", *SHORT, "train.steps=7", "train.log_every=3"
+    )
+    assert (ended.code, ended.out) == (0, "")
+    assert "\r" not in ended.err
+    assert "\x1b" not in ended.err
+    steps = re.findall(
+        r"^step (\d+)/7  loss \d+\.\d{4}  \d+ samples/s  data wait \d+\.\d%  ETA (?:-|\d+:\d\d)$",
+        ended.err,
+        re.MULTILINE,
+    )
+    assert steps == ["3", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in typer.main.get_command(app).commands)]
+)
+def test_help_needs_no_torch(command: list[str], tmp_path: Path) -> None:
+    """CPU time, for another process may have the cores; pytest's own imports are not counted."""
+    code = (
+        "import sys; sys.argv = ['flowmill', *sys.argv[1:], '--help']\n"
+        "from launch.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'mlflow', 'sklearn', 'matplotlib', 'nvidia.dali'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command], env=environment(), cwd=tmp_path,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    assert "Usage:" in text
+    assert used.ru_utime + used.ru_stime < 1.5
+
+
+def test_the_recipes_of_the_package_pass_a_dry_run(flowmill: Flowmill, place: Path) -> None:
+    for name in ("digits", "digits8", "emoji"):
+        assert flowmill("train", name, "run.dir=fresh", "--dry-run", "--ranks", "2").code == 0
