@@ -39,5 +39,5 @@ def overhead(
     table.add_row("flowmill", f"{result.trainer_seconds * 1e3:.2f} ms")
     table.add_row("hand-written loop", f"{result.loop_seconds * 1e3:.2f} ms")
     table.add_row("median of paired ratios", f"{result.ratio:.4f}")
-    table.add_row("relative difference of weights", f"{result.weight_difference:.1e}")
+    table.add_row("weights apart after the warm-up", f"{result.weight_difference:.1e}")
     Console().print(table)

@@ -3,7 +3,7 @@
 Both sides train one rank, step by step in turn, from the same weights on the same batches: noise by sample
 key, forward, loss, backward, clipping, fused AdamW, an average of the weights. The right-hand side is
 what a person would type; the left-hand side is the trainer's own `one_step` with meters and reports.
-That they end with the same weights is checked, so neither can leave work out.
+They must end with the same weights, so neither can leave work out.
 """
 
 import itertools
@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from data_pipeline.loader import Loader
 from flows.batch import Batch
+from flows.errors import UserError
 from flows.initialise import initialise
 from flows.models.dit import DiT
 from flows.randomness import Draw
@@ -34,10 +36,15 @@ from trainer.run_folder import RunFolder
 from trainer.running import assemble
 from trainer.tracking import Silent
 
+# After the warm-up. Both sides add in the same order but for the gradient norm, whose last bit grows with
+# every step of Adam (1e-4 after 200); a step left out shows at 1e-2 at once.
+LARGEST_DIFFERENCE = 1e-5
+
 
 @dataclass(frozen=True)
 class Overhead:
-    """Median seconds a step of either side, the median of the paired ratios, and how far weights differ."""
+    """Median seconds a step of either side, the median of the paired ratios, and how far the weights of the
+    two sides are apart after the warm-up (relative L2)."""
 
     pairs: int
     trainer_seconds: float
@@ -46,8 +53,8 @@ class Overhead:
     weight_difference: float
 
 
-class Replay(Loader):
-    """A loader that is always ready: the same decoded batches over and over."""
+class Replay:
+    """In the place of a loader: the same decoded batches over and over, always ready."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = itertools.cycle(batches)
@@ -67,7 +74,12 @@ class Nobody:
 
 
 def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
-    """Alternate `pairs` steps of either side after `warm_up` of each; the order within a pair alternates."""
+    """Alternate `pairs` steps of either side after `warm_up` of each; the order within a pair alternates.
+
+    Raises UserError for a recipe that the hand-written loop does not write out, and RuntimeError if the two
+    sides end with different weights, since then they did not do the same work.
+    """
+    _check_same_work(recipe)
     with (
         tempfile.TemporaryDirectory() as folder,
         _trainer(recipe, Path(folder)) as (parts, batches),
@@ -75,12 +87,16 @@ def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
         weights, by_hand = hand_written_loop(recipe, batches, parts.engine.device)
         sides = (lambda step: one_step(parts, step, stop=False), by_hand)
         seconds: tuple[list[float], list[float]] = ([], [])
+        difference = 0.0
         for step in range(warm_up + pairs):
+            if step == warm_up:
+                difference = _difference(parts.engine.parameters(), weights)
             for side in (0, 1) if step % 2 else (1, 0):
                 elapsed = _timed(sides[side], step, parts.engine.device)
                 if step >= warm_up:
                     seconds[side].append(elapsed)
-        difference = _difference(parts.engine.parameters(), weights)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise RuntimeError(f"the two sides trained apart: weights differ by {difference:.1e}")
     ratios = [trainer / loop for trainer, loop in zip(*seconds, strict=True)]
     return Overhead(
         pairs,
@@ -89,6 +105,24 @@ def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
         statistics.median(ratios),
         difference,
     )
+
+
+def _check_same_work(recipe: Recipe) -> None:
+    """The loop is one forward in float32 on the whole batch, and one average."""
+    train = recipe.train
+    refused = {
+        "train.precision": train.precision != "fp32",
+        "train.microbatch": (train.microbatch or train.batch) < train.batch,
+        "train.checkpoint_activations": train.checkpoint_activations > 0,
+        "train.compile": train.compile,
+        "train.ema": len(train.ema) != 1,
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise UserError(
+                f"{key} makes the trainer do other work than the hand-written loop, so that their times "
+                "say nothing; measure with its default, and with one decay in train.ema."
+            )
 
 
 def hand_written_loop(
@@ -140,7 +174,7 @@ def _trainer(recipe: Recipe, folder: Path) -> Iterator[tuple[Parts, list[Batch]]
         parts = assemble(made, run, ranks, report)
         batches = [next(parts.loader) for _ in range(16)]
         parts.loader.close()
-        yield replace(parts, loader=Replay(batches)), batches
+        yield replace(parts, loader=cast(Loader, Replay(batches))), batches
     finally:
         stop()
 

@@ -225,7 +225,7 @@ def read_all(
 
     batch: images decoded at a time
 
-    Returns images (samples, channels, *size) in [-1, 1] and labels (samples,) on CPU
+    Returns images (samples, channels, *size) in [-1, 1] and labels (samples,), on the CPU.
     """
     contents = Samples(pattern, classes=classes)
     counts = np.array(contents.sizes)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.samples import Samples
 from flows.errors import UserError
-from flows.models.dit import DiT, forward_flops, parameter_count
+from flows.models.dit import DiT, parameter_count, train_flops
 from trainer.assembly import Plan, plan
-from trainer.checkpoints.store import list_checkpoints
+from trainer.checkpoints.store import list_checkpoints, none_whole
 from trainer.recipe import Recipe
-from trainer.run_folder import RunFolder, check_place, check_resume
+from trainer.run_folder import RunFolder, check_length, check_place, check_resume
 from trainer.tracking import check_address
 
 MIB, GIB = 2**20, 2**30
@@ -25,14 +26,17 @@ class Check:
     found: str
 
 
-def check(recipe: Recipe, world_size: int) -> list[Check]:
+def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]:
     """Layout, model on the meta device, shards, run folder and disk. Raises UserError at the first fault.
+
+    place: also whether this process could train in the run folder
 
     Writes nothing but the shards' index files.
     """
     made = plan(recipe, world_size)
     run = RunFolder(Path(recipe.run.dir))
-    check_place(run)
+    if place:
+        check_place(run)
     if recipe.tracking.mlflow and recipe.tracking.uri is not None:
         check_address(recipe.tracking.uri)
     changed = check_resume(run, recipe)
@@ -50,11 +54,11 @@ def check(recipe: Recipe, world_size: int) -> list[Check]:
     return [
         *_layout_checks(made),
         Check("model", f"{parameters:,} trainable parameters"),
-        Check("step", f"{3 * forward_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
+        Check("step", f"{train_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
         Check("memory a rank", f"{_size(_state_bytes(made, parameters))} before activations"),
         *_data_checks(made),
         Check("checkpoint", f"{_size(checkpoint_bytes)} each, {_size(free)} free"),
-        Check("run folder", _run_state(run, changed)),
+        Check("run folder", _run_state(run, recipe, changed)),
     ]
 
 
@@ -70,12 +74,13 @@ def _layout_checks(made: Plan) -> list[Check]:
 def _data_checks(made: Plan) -> list[Check]:
     stream, train = made.stream, made.recipe.train
     epochs = train.steps * train.batch / stream.samples
-    return [
-        Check(
-            "shards",
-            f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs",
-        )
-    ]
+    found = f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs"
+    checks = [Check("shards", found)]
+    if made.recipe.data.heldout is not None:
+        heldout = Samples(made.recipe.data.heldout, classes=made.recipe.data.classes)
+        checks.append(Check("held out", f"{len(heldout.urls)} shards, {len(heldout):,} samples"))
+        heldout.close()
+    return checks
 
 
 def _state_bytes(made: Plan, parameters: int) -> float:
@@ -83,12 +88,17 @@ def _state_bytes(made: Plan, parameters: int) -> float:
     return 4 * parameters * (4 + len(made.recipe.train.ema)) / made.layout.shard
 
 
-def _run_state(run: RunFolder, changed: list[str]) -> str:
-    whole = [c for c in list_checkpoints(run.checkpoints) if c.damage is None]
-    if not whole:
+def _run_state(run: RunFolder, recipe: Recipe, changed: list[str]) -> str:
+    found = list_checkpoints(run.checkpoints)
+    if not found:
         return "new"
-    change = f"; changed: {', '.join(changed)}" if changed else ""
-    return f"resumes from step {whole[-1].step}{change}"
+    whole = [checkpoint for checkpoint in found if checkpoint.damage is None]
+    if not whole:
+        raise none_whole(run.checkpoints, len(found), str(found[-1].damage))
+    check_length(run, whole[-1].step, recipe)
+    damaged = [f"step {c.step} is damaged" for c in found if c.step > whole[-1].step]
+    change = [f"changed: {', '.join(changed)}"] if changed else []
+    return "; ".join([f"resumes from step {whole[-1].step}", *damaged, *change])
 
 
 def _size(count: float) -> str:

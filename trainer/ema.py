@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from parallel.initialise import local_part
 
 
 def decay_at(decay: float, step: int) -> float:
@@ -54,8 +55,8 @@ class Ema:
         for decay, averages in self.averages.items():
             if averages:
                 weight = (1.0 - skip.float()) * (1.0 - decay_at(decay, step))
-                targets = [_local(average) for average in averages.values()]
-                sources = [_local(parameters[name]) for name in averages]
+                targets = [local_part(average) for average in averages.values()]
+                sources = [local_part(parameters[name]) for name in averages]
                 torch._foreach_lerp_(targets, sources, [weight] * len(targets))
 
     @contextmanager
@@ -85,12 +86,7 @@ class Ema:
 
 @torch.no_grad()
 def _exchange(first: Tensor, second: Tensor) -> None:
-    first, second = _local(first), _local(second)
+    first, second = local_part(first), local_part(second)
     held = first.clone()
     first.copy_(second)
     second.copy_(held)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard, sharing memory with the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

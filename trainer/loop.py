@@ -21,7 +21,7 @@ from trainer.checkpoints.store import save
 from trainer.ema import Ema
 from trainer.recipe import Recipe
 from trainer.reporting import Quiet
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, science
 from trainer.sampling import sample_over_ranks
 from trainer.schedules import learning_rate
 from trainer.telemetry import Telemetry
@@ -54,6 +54,7 @@ def train(parts: Parts, first: int) -> int:
     recipe, telemetry = parts.recipe, parts.telemetry
     last = recipe.train.steps
     with stop_requested() as stop:
+        telemetry.restart_clock()
         for done in range(first + 1, last + 1):
             one_step(parts, done - 1, stop.is_set())
             ending = telemetry.stop_agreed or done == last
@@ -124,6 +125,7 @@ def checkpoint(parts: Parts, done: int) -> None:
             tensors=checkpoint_tensors(parts),
             state={
                 "step": done,
+                "science": science(parts.recipe),
                 "loader": parts.loader.state_dict(),
                 "telemetry": parts.telemetry.state_dict(),
             },

@@ -41,12 +41,13 @@ class MetricsLog:
         """Open `path` for appending, after cutting off a torn tail."""
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_tail(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one step; `record` holds at least an integer `step`."""
-        self._file.write(encode(record) + "\n")
-        self._file.flush()
+        """Write one step; `record` holds at least an integer `step`. Raises OSError on a full disk."""
+        line = f"{encode(record)}\n".encode()
+        while line:
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

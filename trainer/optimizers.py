@@ -7,7 +7,6 @@ from torch import Tensor
 
 # Path components of lookup tables: rows that a batch does not touch must not shrink.
 TABLES = frozenset({"embedding", "label", "position"})
-FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -22,9 +21,8 @@ def build(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    device: torch.device,
 ) -> torch.optim.AdamW:
-    """AdamW over `named_parameters` (plain or DTensor), fused where `device` has the kernel.
+    """AdamW over `named_parameters` (plain or DTensor), fused.
 
     Two groups, `decayed` and `undecayed`, each with its parameters in the order of their names,
     so that the grouping is the same under any layout. AdamW: Loshchilov and Hutter 2019,
@@ -46,6 +44,4 @@ def build(
         )
         if members
     ]
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=betas, eps=eps, fused=device.type in FUSED_DEVICES
-    )
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

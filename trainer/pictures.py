@@ -33,12 +33,11 @@ _STYLE = {
 }
 
 
-def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str, log: bool) -> None:
+def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Loss (raw and smoothed) over the steps, gradient norm beneath, resumes and skips marked.
 
     metrics: lines of `metrics.jsonl`; `resumed` marks the first step of a process that resumed,
         `skipped` counts the steps left out so far
-    log: logarithmic losses, for losses that are all positive
 
     Raises ValueError if there is no line to draw.
     """
@@ -60,27 +59,14 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str, log
         bottom.set_xlabel("step")
         bottom.xaxis.get_major_locator().set_params(integer=True)
         _logarithmic(bottom, norm)
-        if log:
-            _logarithmic(top, loss)
         _marks((top, bottom), metrics)
         top.set_xlim(steps.min() - 0.5, steps.max() + 0.5)
         last = _smooth(loss)[-1]
-        top.set_title(f"{title}    loss {last:.4f} at step {int(steps[-1]):,}", loc="left")
+        state = f"smoothed loss {last:.4f} at step {int(steps[-1]):,}"
+        top.set_title(f"{title}    {state}", loc="left")
         top.legend(loc="upper right", edgecolor="none", framealpha=0.85)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
-
-
-def sample_grid(
-    images: Tensor, path: Path, columns: int, labels: Sequence[str] | None = None
-) -> None:
-    """(n, channels, height, width) images in [-1, 1] in rows of `columns`, each over its label."""
-    tiles = _tiles(images)
-    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    under = None
-    if labels is not None:
-        under = [list(labels[start : start + columns]) for start in range(0, len(labels), columns)]
-    _save(_sheet(rows, under=under), path)
 
 
 def training_grids(history: Sequence[tuple[int, Tensor]], path: Path, columns: int) -> None:
@@ -100,10 +86,15 @@ def class_grid(
     _save(_sheet([row[:columns] for row in rows], left=[names[i] for i in shown]), path)
 
 
-def to_pixels(images: Tensor) -> Pixels:
-    """(n, height, width, 3) bytes of images in [-1, 1]; what is not a number is black."""
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 of the same shape; what is not a number is black."""
     finite = torch.nan_to_num(images.detach().float().cpu(), nan=-1.0)
-    scaled = ((finite.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((finite.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """(n, height, width, 3) bytes of images in [-1, 1]."""
+    scaled = to_bytes(images)
     if scaled.shape[1] == 1:
         scaled = scaled.expand(-1, 3, -1, -1)
     pixels: Pixels = scaled.permute(0, 2, 3, 1).contiguous().numpy()
@@ -118,34 +109,22 @@ def _tiles(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p).resize(size, Image.Resampling.NEAREST) for p in pixels]
 
 
-def _sheet(
-    rows: Sequence[Sequence[Image.Image]],
-    left: Sequence[str] | None = None,
-    under: Sequence[Sequence[str]] | None = None,
-) -> Image.Image:
-    """Tiles in rows on white paper, with names left of the rows or labels under the tiles."""
+def _sheet(rows: Sequence[Sequence[Image.Image]], left: Sequence[str]) -> Image.Image:
+    """Tiles in rows on white paper, with a name left of each row."""
     width, height = next((t.size for row in rows for t in row), (SMALLEST_TILE, SMALLEST_TILE))
     font = _font(max(11, min(16, height // 4)))
-    name_width = max((int(font.getlength(name)) for name in left or ()), default=0)
-    start = MARGIN + (name_width + MARGIN if left else 0)
-    label_height = int(font.size * 1.5) if under else 0
-    pitch = height + GAP + label_height
+    start = 2 * MARGIN + max((int(font.getlength(name)) for name in left), default=0)
+    pitch = height + GAP
     longest = max((len(row) for row in rows), default=0)
     size = (start + longest * (width + GAP) - GAP + MARGIN, 2 * MARGIN + len(rows) * pitch - GAP)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
         above = MARGIN + y * pitch
-        if left:
-            middle = (start - MARGIN, above + height // 2)
-            draw.text(middle, left[y], fill=INK, font=font, anchor="rm")
+        middle = (start - MARGIN, above + height // 2)
+        draw.text(middle, left[y], fill=INK, font=font, anchor="rm")
         for x, tile in enumerate(row):
-            corner = (start + x * (width + GAP), above)
-            sheet.paste(tile, corner)
-            if under and y < len(under) and x < len(under[y]):
-                text = _fit(under[y][x], font, width)
-                place = (corner[0] + width // 2, above + height + label_height // 2)
-                draw.text(place, text, fill=QUIET, font=font, anchor="mm")
+            sheet.paste(tile, (start + x * (width + GAP), above))
     return sheet
 
 
@@ -154,15 +133,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text`, cut with an ellipsis where it is wider than `width`."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def _save(sheet: Image.Image, path: Path) -> None:

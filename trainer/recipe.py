@@ -54,6 +54,12 @@ class Section(BaseModel):
 class RunSection(Section):
     dir: Text = Field(description="folder of this run; a checkpoint in it is resumed")
 
+    @field_validator("dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        """`~/` means the same here as it does to a shell, which does not look behind `run.dir=`."""
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+
 
 class AugmentSection(Section):
     """How training images may be changed; all of it is decided by seed and place in the stream."""
@@ -106,8 +112,8 @@ class DataSection(Section):
 class ModelSection(Section):
     """A published name, or a size of your own; a name and a key together change that key alone."""
 
-    family: Literal["dit"] = "dit"
     name: str | None = Field(None, description="a name of the zoo, e.g. SiT-S/2")
+    family: Literal["dit"] = "dit"
     patch: Positive | None = None
     width: Positive | None = None
     depth: Positive | None = None
@@ -237,7 +243,7 @@ class Recipe(Section):
         if low >= high:
             raise ValueError(
                 f"sample.guidance_low = {low} is not below sample.guidance_high = {high}; "
-                "guidance acts where low <= t < high"
+                "lower it, for guidance acts where low <= t < high"
             )
         if self.sample.guidance != 1.0 and self.objective.label_drop == 0.0:
             raise ValueError(
@@ -247,7 +253,7 @@ class Recipe(Section):
         if self.optimizer.final_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.final_lr = {self.optimizer.final_lr} is above "
-                f"optimizer.lr = {self.optimizer.lr}; the schedule decays towards final_lr"
+                f"optimizer.lr = {self.optimizer.lr}; lower it, for the schedule decays towards it"
             )
         if len(set(self.train.ema)) != len(self.train.ema):
             raise ValueError(f"train.ema = {self.train.ema} names a decay twice; list each once")
@@ -293,8 +299,7 @@ def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{'command line' if _overridden(name, overrides) else where}: {line}"
-            for name, line in refusals(error, Recipe)
+            f"{_origin(name, where, overrides)}: {line}" for name, line in refusals(error, Recipe)
         ]
         raise UserError("\n".join(lines)) from None
 
@@ -306,6 +311,8 @@ def shipped_recipes() -> list[str]:
 
 def find_recipe(source: str) -> Path:
     """A file path, or the name of a shipped recipe. Raises UserError naming the nearest one."""
+    if not source:
+        raise UserError(f"The recipe has no name; give a file, or {', '.join(shipped_recipes())}.")
     path = Path(source)
     if path.is_dir():
         raise UserError(
@@ -355,6 +362,13 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             )
         place = inner
     place[key] = parse_yaml(text, f"command line: {override!r}")
+
+
+def _origin(name: str, where: str, overrides: Sequence[str]) -> str:
+    """Who set the key `name`; a rule between keys ("") may be broken by either of two."""
+    if not name and overrides:
+        return f"{where} with the changes of the command line"
+    return "command line" if _overridden(name, overrides) else where
 
 
 def _overridden(name: str, overrides: Sequence[str]) -> bool:

@@ -46,7 +46,7 @@ def refusals(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[s
 
 
 def _sentence(model: type[BaseModel], kind: str, location: list[Any], item: Any) -> str:
-    name, value = _named(location), _shown(item["input"])
+    name, value = _named(location), shown(item["input"])
     context = {key: _plain(limit) for key, limit in item.get("ctx", {}).items()}
     if kind == "value_error":
         return f"{name}: {context['error']}." if name else f"{context['error']}."
@@ -123,10 +123,10 @@ def _plain(limit: Any) -> Any:
     return f"{limit:g}" if isinstance(limit, float) else limit
 
 
-def _shown(value: Any) -> str:
-    """A value as YAML would have it, not too long."""
+def shown(value: Any) -> str:
+    """A value for a sentence: as YAML has it, and not too long."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     listed = isinstance(value, list)
-    text = f"[{', '.join(map(_shown, value))}]" if listed else repr(value)
+    text = f"[{', '.join(map(shown, value))}]" if listed else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,6 +1,7 @@
 """What a run tells the world. Rank 0 speaks: to the run folder, to MLflow, to the person watching."""
 
-import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,17 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.errors import UserError
 from trainer import metrics_log, pictures, tracking
 from trainer.metrics_log import MetricsLog
 from trainer.recipe import Recipe
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, lock_if_free
 from trainer.tracking import Silent
 
 GRID_COLUMNS = 10  # samples of a class in a grid
 GRID_ROWS = 12  # steps in the grid over training, evenly spread
 CURVE_POINTS = 4000
-
-logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -80,7 +80,10 @@ class Report(Quiet):
         self._progress.note(text)
 
     def resume(self, step: int) -> None:
-        """Steps after `step` will come again: their lines are dropped."""
+        """Steps after `step` will come again: their lines and their samples are dropped."""
+        for path in self._run.samples.glob("step-*"):
+            if path.stem.removeprefix("step-").isdecimal() and _step_of(path) > step:
+                path.unlink()
         self._log.close()
         metrics_log.truncate_after(self._run.metrics, step)
         self._log = MetricsLog(self._run.metrics)
@@ -95,62 +98,115 @@ class Report(Quiet):
         if self._resumed:
             line = {**line, "resumed": True}
             self._resumed = False
-        self._log.append(line)
+        self._write_step(line)
         self._curve.append(line)
         self._tracker.metrics(int(line["step"]), line)
         self._progress.step(line)
+
+    def _write_step(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._log.append(line)
+        except OSError as error:
+            raise UserError(
+                f"{self._run.metrics}: step {line['step']} could not be written ({error.strerror}); "
+                "free some room, and the same command goes on from the newest checkpoint there is."
+            ) from error
+
+    def _images(self, path: Path) -> Tensor | None:
+        found = _read_images(path)
+        if found is None:
+            self.note(f"{path} is damaged and left out of the grid over training")
+        return found
 
     def checkpoint(self, step: int) -> None:
         """A checkpoint was committed: MLflow gets its manifest, the person a line and the loss curve."""
         folder = f"step-{step:08d}"
         manifest = self._run.checkpoints / folder / "manifest.json"
         self._tracker.artifact(manifest, f"checkpoints/{folder}")
-        pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name, log=False)
+        pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name)
         self._tracker.artifact(self._run.loss_curve)
         self.note(f"checkpoint at step {step}")
 
     def end(self, step: int, steps: int) -> None:
         """The loop returned after `step` of `steps`; fewer where it was asked to stop."""
         self.finished = step >= steps
-        self.note(f"{'done' if self.finished else 'stopped'} after step {step} of {steps}")
+        self.note(
+            f"{'done' if self.finished else 'stopped'} after step {step} of {steps}; pictures are in "
+            f"{self._run.samples}, checkpoints in {self._run.checkpoints}"
+        )
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None:
         """A grid of this step, kept as numbers too, so that the grid over training can grow."""
-        pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         path = self._run.samples / f"step-{step:08d}"
         # Replaced at once: a torn file would end every later grid over training, and the run with it.
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez_compressed(file, images=pixels.numpy(), labels=labels.numpy())
+            np.savez_compressed(
+                file, images=pictures.to_bytes(images).numpy(), labels=labels.numpy()
+            )
         partial.replace(path.with_suffix(".npz"))
         picture = path.with_suffix(".png")
         pictures.class_grid(images, labels, self._recipe.data.names, picture, GRID_COLUMNS)
         files = sorted(self._run.samples.glob("step-*.npz"))
         every = -(-len(files) // GRID_ROWS)
         shown = files[::-1][::every][::-1]
-        rows = [(int(file.stem.removeprefix("step-")), _read_images(file)) for file in shown]
+        rows = [
+            (_step_of(file), held) for file in shown if (held := self._images(file)) is not None
+        ]
         over_time = self._run.samples / "training.png"
         pictures.training_grids(rows, over_time, 2 * GRID_COLUMNS)
         for each in (picture, over_time):
             self._tracker.artifact(each, "samples")
 
 
-def open_tracker(run: RunFolder, recipe: Recipe, warn: Callable[[str], None]) -> Silent:
-    """MLflow for this run, or nobody if the recipe wants none."""
+def open_tracker(
+    run: RunFolder, recipe: Recipe, warn: Callable[[str], None], *, begin: bool
+) -> Silent:
+    """MLflow for this run, or nobody if the recipe wants none; `begin`: it is running from now on."""
     section = recipe.tracking
     if not section.mlflow:
         return Silent()
-    uri = section.uri or f"sqlite:///{run.database}"
-    return tracking.start(run.root, uri, section.experiment, recipe.name, None, warn=warn)
+    return tracking.start(
+        run.root,
+        store_address(run, recipe),
+        section.experiment,
+        recipe.name,
+        begin=begin,
+        warn=warn,
+    )
 
 
-def add_artifact(run: RunFolder, recipe: Recipe, path: Path, folder: str) -> None:
-    """Add a file to the MLflow run of a training that has ended."""
-    tracker = open_tracker(run, recipe, logger.warning)
-    tracker.artifact(path, folder)
-    tracker.close("FINISHED")
+def store_address(run: RunFolder, recipe: Recipe) -> str:
+    """Where MLflow keeps this run."""
+    return recipe.tracking.uri or f"sqlite:///{run.database}"
 
 
-def _read_images(path: Path) -> Tensor:
-    with np.load(path, allow_pickle=False) as file:
-        return torch.from_numpy(file["images"]).float() / 127.5 - 1
+def add_artifact(
+    run: RunFolder, recipe: Recipe, path: Path, folder: str, note: Callable[[str], None]
+) -> None:
+    """Add a file to the MLflow run of a training that has ended, whose status stays as it is.
+
+    While a training goes on here, the records that wait for MLflow are its own: a note says so.
+    """
+    if not recipe.tracking.mlflow:
+        return
+    with lock_if_free(run) as free:
+        if not free:
+            note(f"{path} was not sent to MLflow, for a training goes on in {run.root}")
+            return
+        tracker = open_tracker(run, recipe, note, begin=False)
+        tracker.artifact(path, folder)
+        tracker.close(None)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _read_images(path: Path) -> Tensor | None:
+    """The images of a step as they were kept; None where the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["images"]).float() / 127.5 - 1
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None

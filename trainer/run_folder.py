@@ -3,19 +3,21 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from flows.errors import UserError
 from trainer.recipe import Recipe, build_recipe
+from trainer.refusals import shown
 from trainer.yaml_text import read_yaml
 
-# What decides the science of a run: a resume that changed one of these would be another run.
+# What decides the science of a run, by key or by section: a resume that changed one of these would be
+# another run. Where the shards lie does not: the checkpoint knows which samples they hold.
 FIXED = (
-    "seed", "data.train", "data.image_size", "data.channels", "data.classes", "data.augment",
+    "seed", "data.image_size", "data.channels", "data.classes", "data.augment",
     "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
 )  # fmt: skip
 
@@ -82,21 +84,56 @@ def check_resume(run: RunFolder, recipe: Recipe) -> list[str]:
         return []
     old, new = _flat(open_run(str(run.root))[1]), _flat(recipe)
     changed = [key for key in new if old.get(key) != new[key]]
-    fixed = [key for key in changed if key.startswith(FIXED)]
+    fixed = [key for key in changed if _is_fixed(key)]
     if fixed and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
-        lines = ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in fixed)
+        raise _another_run(run, fixed, old, new)
+    return [
+        f"{key}: {shown(old.get(key))} -> {shown(new[key])}" for key in changed if key != "run.dir"
+    ]
+
+
+def science(recipe: Recipe) -> dict[str, Any]:
+    """Every key that decides the science of a run, for its checkpoints."""
+    return {key: value for key, value in _flat(recipe).items() if _is_fixed(key)}
+
+
+def check_science(run: RunFolder, saved: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises UserError if `recipe` would make another run of a checkpoint with the science `saved`."""
+    new = science(recipe)
+    if changed := [key for key in new if saved.get(key) != new[key]]:
+        raise _another_run(run, changed, saved, new)
+
+
+def check_length(run: RunFolder, step: int, recipe: Recipe) -> None:
+    """Raises UserError if the run is longer already, at `step`, than the recipe wants it."""
+    if step > recipe.train.steps:
         raise UserError(
-            f"run.dir = {run.root} holds another run ({lines}); give back the old value to go on "
-            "with that run, or choose another run.dir."
+            f"run.dir = {run.root} has a checkpoint of step {step}, beyond train.steps = "
+            f"{recipe.train.steps}; raise train.steps, or choose another run.dir."
         )
-    return [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed if key != "run.dir"]
 
 
 def check_place(run: RunFolder) -> None:
     """Raises UserError if the run's folder could not be written, or another process trains in it."""
     check_writable(run)
-    with suppress(FileNotFoundError), (run.root / ".lock").open() as lock:
-        _hold(lock, run)
+    with lock_if_free(run) as free:
+        if not free:
+            raise _busy(run)
+
+
+@contextmanager
+def lock_if_free(run: RunFolder) -> Iterator[bool]:
+    """Whether nobody trains in a run that exists, or does not yet; while held, nobody begins to."""
+    # Open for writing: some network file systems give no exclusive lock without.
+    try:
+        lock = (run.root / ".lock").open("r+")
+    except FileNotFoundError:
+        yield True
+        return
+    except OSError as error:
+        raise _unwritable(run, error) from None
+    with lock:
+        yield _hold(lock, run)
 
 
 def check_writable(run: RunFolder) -> None:
@@ -127,19 +164,43 @@ def locked(run: RunFolder) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(run, error) from None
     with lock:
-        _hold(lock, run)
+        if not _hold(lock, run):
+            raise _busy(run)
         yield
 
 
-def _hold(lock: IO[str], run: RunFolder) -> None:
-    """Lock an open file until it is closed, or until this process ends in whatever way."""
+def _hold(lock: IO[str], run: RunFolder) -> bool:
+    """Lock an open file until it is closed, or this process ends in whatever way; False if it is taken."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"Another process is training in run.dir = {run.root}; wait for its end, or choose "
-            "another run.dir."
-        ) from None
+        return False
+    except OSError as error:
+        raise _unwritable(run, error) from None
+    return True
+
+
+def _busy(run: RunFolder) -> UserError:
+    return UserError(
+        f"Another process is training in run.dir = {run.root}; wait for its end, or choose "
+        "another run.dir."
+    )
+
+
+def _another_run(
+    run: RunFolder, keys: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> UserError:
+    lines = ", ".join(
+        f"{key} was {shown(old.get(key))} and is now {shown(new[key])}" for key in keys
+    )
+    return UserError(
+        f"run.dir = {run.root} holds another run ({lines}); give back the old value to go on "
+        "with that run, or choose another run.dir."
+    )
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
 
 
 def _unwritable(run: RunFolder, error: OSError) -> UserError:

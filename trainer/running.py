@@ -26,14 +26,15 @@ from parallel.clock import Clock
 from parallel.engines.native import NativeEngine, OptimizerFactory
 from parallel.mesh import build_mesh
 from parallel.processes import Ranks, start, stop
+from trainer import tracking
 from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.loop import Parts, checkpoint_tensors, train
 from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe, write_recipe
-from trainer.reporting import Progress, Quiet, Report, open_tracker
-from trainer.run_folder import RunFolder, check_resume, locked
+from trainer.reporting import Progress, Quiet, Report, open_tracker, store_address
+from trainer.run_folder import RunFolder, check_length, check_resume, check_science, locked
 from trainer.telemetry import Telemetry
 
 
@@ -82,9 +83,10 @@ def _train_rank(
     stack.callback(parts.loader.close)
     first = _restore(parts)
     if ranks.is_first:
-        report = stack.enter_context(_reporting(run, recipe, ranks, progress))
+        report = stack.enter_context(_reporting(run, recipe, ranks, progress, first))
         report.resume(first)
         parts = replace(parts, report=report)
+    parts.report.note(_start_line(made, run, ranks))
     if first:
         parts.report.note(f"resuming {run.root} from step {first}")
         for change in changed:
@@ -92,6 +94,17 @@ def _train_rank(
     done = train(parts, first)
     parts.report.end(done, recipe.train.steps)
     return Outcome(done, recipe.train.steps)
+
+
+def _start_line(made: Plan, run: RunFolder, ranks: Ranks) -> str:
+    """What is about to train, where, and where to look at it."""
+    layout, recipe = made.layout, made.recipe
+    count = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)}"
+    place = f"{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
+    seen = tracking.open_command(store_address(run, recipe)) if recipe.tracking.mlflow else "off"
+    return (
+        f"{recipe.name}: {count} ({place}) on {ranks.device.type}, into {run.root}, MLflow: {seen}"
+    )
 
 
 def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
@@ -110,7 +123,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         checkpoint_activations=recipe.train.checkpoint_activations,
         compile=recipe.train.compile,
         reshard_after_forward=recipe.parallel.reshard_after_forward,
-        optimizer=_optimizer_factory(recipe, ranks.device),
+        optimizer=_optimizer_factory(recipe),
         clock=clock,
     )
     telemetry = Telemetry(
@@ -147,7 +160,7 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
     )
 
 
-def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory:
+def _optimizer_factory(recipe: Recipe) -> OptimizerFactory:
     section = recipe.optimizer
     return lambda named: build_adamw(
         dict(named),
@@ -155,7 +168,6 @@ def _optimizer_factory(recipe: Recipe, device: torch.device) -> OptimizerFactory
         betas=section.betas,
         eps=section.eps,
         weight_decay=section.weight_decay,
-        device=device,
     )
 
 
@@ -166,6 +178,8 @@ def _restore(parts: Parts) -> int:
         first = 0
     else:
         state = load(newest, checkpoint_tensors(parts))
+        check_science(parts.run, state["science"], parts.recipe)
+        check_length(parts.run, int(state["step"]), parts.recipe)
         parts.loader.load_state_dict(state["loader"])
         parts.telemetry.load_state_dict(state["telemetry"])
         first = int(state["step"])
@@ -174,12 +188,14 @@ def _restore(parts: Parts) -> int:
 
 @contextmanager
 def _reporting(
-    run: RunFolder, recipe: Recipe, ranks: Ranks, progress: Progress
+    run: RunFolder, recipe: Recipe, ranks: Ranks, progress: Progress, first: int
 ) -> Iterator[Report]:
     """Rank 0's voice: the recipe in the folder, MLflow, and a true status at the end."""
     with ExitStack() as stack:
         write_recipe(recipe, run.recipe)
-        tracker = open_tracker(run, recipe, progress.note)
+        if first == 0:
+            tracking.forget(run.root)
+        tracker = open_tracker(run, recipe, progress.note, begin=True)
         tracker.recipe(recipe.model_dump(mode="json"))
         tracker.environment(ranks.world_size, ranks.device)
         report = Report(run, tracker, progress, recipe)

@@ -1,7 +1,7 @@
 """Samples from a model, shared out over the ranks that hold it, or by one process from a checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ class Samples:
     images: (n, channels, height, width) float32, about [-1, 1]
     labels: (n,) the class each was asked for
     network_calls: evaluations of the network for one sample; a guided step costs two
+    step: of the checkpoint they are from; None while training
     """
 
     images: Tensor
     labels: Tensor
     network_calls: int
+    step: int | None = None
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
@@ -99,17 +101,19 @@ def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
     model = DiT(model_config(recipe)).to(device).eval()
     prefix = f"ema.{recipe.train.ema[0]}." if recipe.train.ema else "model."
     weights = {f"{prefix}{name}": weight.data for name, weight in model.named_parameters()}
-    load(newest, weights, prefix=prefix)
+    state = load(newest, weights, prefix=prefix)
     labels = balanced_labels(count, recipe.data.classes)
     with torch.inference_mode():
-        return draw_samples(model, recipe, labels, torch.arange(count), device)
+        drawn = draw_samples(model, recipe, labels, torch.arange(count), device)
+    return replace(drawn, step=int(state["step"]))
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """`recipe` with another seed or other `sample.*` values; the rest belongs to the training."""
+    """`recipe` with another seed, held-out shards or `sample.*` values; the rest belongs to the training."""
     for override in overrides:
-        if not override.startswith(("sample.", "seed=")):
+        if not override.startswith(("sample.", "seed=", "data.heldout=")):
             raise UserError(
-                f"Override {override!r} would change the training; here only sample.* and seed can."
+                f"command line: {override!r} would change the training, which is over; change "
+                "sample.*, seed or data.heldout alone."
             )
     return override_recipe(recipe, overrides)

@@ -109,8 +109,7 @@ class Telemetry:
         if self._in_a_row > self._max_skipped:
             raise UserError(
                 f"step {step + 1}: the gradient was not finite {self._in_a_row} steps in a row; lower "
-                "optimizer.lr, set optimizer.clip, or use train.precision=fp32, and go on from the "
-                "last checkpoint."
+                "optimizer.lr, set optimizer.clip, or use train.precision=fp32, and run again."
             )
 
 

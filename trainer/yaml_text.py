@@ -63,11 +63,13 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         problem = error.problem or "its structure is broken"
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
-        remedy = "indent with spaces" if r"'\t'" in problem else "check its indentation and quotes"
+        remedies = {r"'\t'": "indent with spaces", "the tag": "remove the tag"}
+        found = (remedy for sign, remedy in remedies.items() if sign in problem)
+        remedy = next(found, "check its indentation and quotes")
         raise UserError(f"{where}: {line} is not valid YAML ({problem}); {remedy}.") from None
-    except ValueError as error:
+    except ValueError:
         raise UserError(
-            f"{where}: a value in it cannot be read ({error}); put it in quotes."
+            f"{where}: a value in it cannot be read as the number it looks like; put it in quotes."
         ) from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply; a recipe has sections of keys.") from None

@@ -40,9 +40,10 @@ def open_npz(path: str) -> ArraySource:
         with np.load(Path(path), allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).partition(". ")[0]  # NumPy goes on to advise reading pickles
         raise UserError(
-            f"{path}: no .npz file with arrays `images` and `labels`, without pickles, is there; "
-            "write one by numpy.savez_compressed"
+            f"{path}: not an .npz file with plain arrays `images` and `labels` ({reason}); write one "
+            "by numpy.savez_compressed"
         ) from error
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
     if images.dtype != np.uint8 or not (grey or colour):

@@ -129,6 +129,8 @@ class DiT(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fill the position table in place, wherever it lies; nothing to do on the meta device."""
+        if self.position.is_meta:
+            return
         side = self.config.image_size // self.config.patch
         self.position.copy_(sincos_positions(side, self.config.width))
 

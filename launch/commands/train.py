@@ -39,10 +39,6 @@ def train(
 
     Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own.
     """
-    # torch takes seconds to import: `flowmill --help` should not.
-    from trainer.dry_run import check
-    from trainer.running import run_training
-
     loaded = load_recipe(recipe, overrides or [])
     joined = joined_by_launcher()
     world_size = world_size_from_launcher() if joined else ranks or 1
@@ -50,6 +46,11 @@ def train(
         raise UserError(
             f"--ranks {ranks} contradicts the launcher, which started {world_size}; leave it out."
         )
+    # torch takes seconds to import: neither `--help` nor a wrong recipe should wait for it.
+    from parallel.processes import choose_device
+    from trainer.dry_run import check
+    from trainer.running import run_training
+
     if dry_run:
         _print_checks(check(loaded, world_size), as_json)
     elif joined or world_size == 1:
@@ -59,6 +60,7 @@ def train(
             run_training(loaded, world_size, progress)
     else:
         check(loaded, world_size)
+        choose_device("auto", world_size - 1)  # refuses more ranks than there are accelerators
         sys.exit(run_ranks(sys.argv[1:], world_size, Path(loaded.run.dir) / "logs"))
 
 

@@ -51,3 +51,22 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
         if not link.startswith("http") and not (page.parent / link).exists()
     ]
     assert broken == []
+
+
+def test_files_named_in_the_documentation_exist() -> None:
+    named = {
+        (page.name, name)
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for name in re.findall(
+            r"`((?:flows|data_pipeline|parallel|trainer|launch|benchmarks|tests|docs|recipes)/[\w/.-]*)`",
+            page.read_text(encoding="utf-8"),
+        )
+    }
+    missing = [f"{page}: {name}" for page, name in sorted(named) if not (ROOT / name).exists()]
+    assert named
+    assert missing == []
+
+
+def test_no_figure_is_missing_in_the_documentation() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        assert "@@" not in page.read_text(encoding="utf-8"), page

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launch.conftest import SHORT, Flowmill, Refused
 
@@ -265,3 +266,12 @@ def test_a_store_that_mlflow_does_not_serve(refused: Refused, uri: str) -> None:
 def test_no_secret_of_an_address_is_printed(refused: Refused) -> None:
     changes = ("tracking.mlflow=true", "tracking.uri=ftp://me:hush@host/x")
     assert "hush" not in refused(*resume(*changes), says=("tracking.uri",))
+
+
+@pytest.mark.gpu
+def test_more_ranks_than_accelerators(refused: Refused, place: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    train = ("train", "digits8", "run.dir=fresh", *SHORT, f"train.batch={8 * ranks}")
+    says = ("has no CUDA device of its own", f"start at most {ranks - 1} ranks")
+    refused(*train, "--ranks", str(ranks), says=says)
+    assert not (place / "fresh").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import data_pipeline
 from tests.launch.conftest import SHORT, Flowmill, Refused
 from trainer.recipe import Recipe, override_recipe
 from trainer.run_folder import FIXED, RunFolder, check_resume, open_run
@@ -14,11 +15,10 @@ from trainer.run_folder import FIXED, RunFolder, check_resume, open_run
 # One changed value for each key that decides the science of a run.
 SCIENCE = {
     "seed": "1",
-    "data.train": "embedded:digits8/heldout-000000.tar",
     "data.image_size": "16",
     "data.channels": "3",
     "data.classes": "11",
-    "data.flip": "0.5",
+    "data.augment.flip": "0.5",
     "data.lanes": "8",
     "data.window": "8",
     "model.name": "SiT-nano/2",
@@ -44,7 +44,7 @@ FREE = (
 
 
 def test_every_fixed_key_is_tried() -> None:
-    assert all(any(key.startswith(fixed) for key in SCIENCE) for fixed in FIXED)
+    assert all(any(f"{key}.".startswith(f"{fixed}.") for key in SCIENCE) for fixed in FIXED)
 
 
 @pytest.mark.parametrize(("key", "value"), SCIENCE.items())
@@ -54,6 +54,43 @@ def test_another_science_is_refused(refused: Refused, key: str, value: str) -> N
         changes.append("data.class_names=null")
     said = refused("train", "digits8", "run.dir=runs/kept", *SHORT, *changes, says=(f"{key} was",))
     assert said.count(" was ") == 1
+
+
+def test_the_checkpoint_guards_the_science_too(refused: Refused) -> None:
+    """Whoever edits or loses the recipe of the folder goes on with no other run."""
+    Path("runs/kept/recipe.yaml").unlink()
+    train = ("train", "digits8", "run.dir=runs/kept", *SHORT)
+    refused(*train, "seed=1", says=("run.dir = runs/kept", "seed was 0 and is now 1"))
+    refused(*train, "train.steps=3", says=("step 4, beyond train.steps = 3", "raise train.steps"))
+
+
+def test_the_shards_may_move_but_not_become_others(
+    flowmill: Flowmill, refused: Refused, place: Path
+) -> None:
+    embedded = Path(str(data_pipeline.__file__)).parent / "embedded" / "digits8"
+    for shard in embedded.glob("train-*.tar"):
+        shutil.copy(shard, place)
+    train = ("train", "digits8", "run.dir=runs/kept", *SHORT, "train.steps=5")
+    heldout = "data.train=embedded:digits8/heldout-000000.tar"
+    refused(*train, heldout, says=("another stream of samples", "restore data.train"))
+    ended = flowmill(*train, f"data.train={place}/train-*.tar")
+    assert ended.code == 0, ended.err
+    assert "changed since it began: data.train: " in ended.err
+
+
+def test_what_a_run_begun_anew_finds_of_later_steps_goes(flowmill: Flowmill, place: Path) -> None:
+    for step in (3, 4, 9):
+        Path(f"runs/kept/samples/step-{step:08d}.npz").write_bytes(b"torn")
+    shutil.rmtree("runs/kept/checkpoints/step-00000004")
+    changes = ("sample.every=4", "sample.count=2")
+    ended = flowmill("train", "digits8", "run.dir=runs/kept", *SHORT, *changes)
+    assert ended.code == 0, ended.err
+    names = sorted(path.name for path in Path("runs/kept/samples").glob("*.npz"))
+    # That of step 3 is from after the checkpoint too; those of step 4 were drawn again.
+    assert names == ["step-00000004.npz"]
+    Path("runs/kept/samples/step-00000002.npz").write_bytes(b"torn")
+    ended = flowmill("train", "digits8", "run.dir=runs/kept", *SHORT, *changes, "train.steps=6")
+    assert (ended.code, "step-00000002.npz is damaged" in ended.err) == (0, True), ended.err
 
 
 def test_before_the_first_checkpoint_everything_may_change(place: Path) -> None:

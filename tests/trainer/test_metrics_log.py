@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import struct
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def _write(path: Path, steps: range) -> None:
             log.append(
                 {"step": step, "loss": 1 / step, "seconds": {"forward": 0.1, "bad": math.inf}}
             )
+
+
+def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk: the kernel takes a part of a line, then none."""
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(path) as log:
+        log.append({"step": 1, "loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                log.append({"step": 2, "loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in read(path)] == [1]
+    _write(path, range(2, 3))
+    assert [line["step"] for line in read(path)] == [1, 2]
 
 
 def test_a_log_cut_at_any_byte_keeps_its_whole_lines_and_takes_new_ones(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ def build(named, weight_decay=0.5, lr=0.1):
         betas=(0.9, 0.99),
         eps=1e-8,
         weight_decay=weight_decay,
-        device=torch.device("cpu"),
     )
 
 
@@ -81,9 +80,7 @@ def test_steps_are_those_of_adamw_written_out():
 def test_fused_on_cuda():
     device = torch.device("cuda")
     named = {"w": torch.nn.Parameter(torch.ones(3, 3, device=device))}
-    optimizer = optimizers.build(
-        named, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, device=device
-    )
+    optimizer = optimizers.build(named, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     named["w"].grad = torch.ones_like(named["w"])
     optimizer.step()
     torch.testing.assert_close(named["w"].cpu(), torch.full((3, 3), 0.9))

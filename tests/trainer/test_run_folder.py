@@ -1,5 +1,6 @@
 """The folder of a run: one writer, a recipe that is whole, and no resume into another run."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,12 +9,21 @@ import pytest
 from flows.errors import UserError
 from tests.trainer import runs
 from trainer.recipe import write_recipe
-from trainer.run_folder import RunFolder, check_place, check_resume, locked, open_run
+from trainer.run_folder import (
+    RunFolder,
+    check_length,
+    check_place,
+    check_resume,
+    check_science,
+    lock_if_free,
+    locked,
+    open_run,
+    science,
+)
 
 # Every key that decides the science of a run, changed.
 OTHER_SCIENCE = {
     "seed": "seed=1",
-    "data.train": "data.train=embedded:digits8/train-000000.tar",
     "data.image_size": "data.image_size=16",
     "data.channels": "data.channels=3",
     "data.classes": "data.classes=11",
@@ -42,6 +52,7 @@ SAME_SCIENCE = {
     "sample.steps": "sample.steps=3",
     "data.decoder": "data.decoder=auto",
     "data.heldout": "data.heldout=null",
+    "data.train": "data.train=elsewhere/train-*.tar",
     "tracking.mlflow": "tracking.mlflow=true",
 }
 
@@ -72,6 +83,32 @@ def test_a_run_is_not_continued_as_another(begun, key):
     assert content(begun.root) == before
 
 
+@pytest.mark.parametrize("key", OTHER_SCIENCE)
+def test_a_checkpoint_knows_its_science_without_the_recipe_beside_it(begun, key):
+    saved = json.loads(json.dumps(science(runs.recipe(begun.root))))
+    check_science(begun, saved, runs.recipe(begun.root))
+    with pytest.raises(UserError, match=rf"{key} was .* is now"):
+        check_science(begun, saved, runs.recipe(begun.root, OTHER_SCIENCE[key]))
+
+
+@pytest.mark.parametrize("key", SAME_SCIENCE)
+def test_a_checkpoint_holds_nothing_that_may_change(begun, key):
+    made = runs.recipe(begun.root, SAME_SCIENCE[key])
+    assert science(made) == science(runs.recipe(begun.root))
+
+
+def test_a_run_is_not_made_shorter_than_it_is(begun):
+    check_length(begun, 30, runs.recipe(begun.root, "train.steps=30"))
+    with pytest.raises(UserError, match=r"step 60, beyond train\.steps = 30; raise"):
+        check_length(begun, 60, runs.recipe(begun.root, "train.steps=30"))
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runs.recipe(Path("~/run")).run.dir == str(tmp_path / "run")
+    assert runs.recipe(Path("./~run")).run.dir == "~run"
+
+
 @pytest.mark.parametrize("key", SAME_SCIENCE)
 def test_what_does_not_decide_the_science_may_change_and_is_told(begun, key):
     (told,) = check_resume(begun, runs.recipe(begun.root, SAME_SCIENCE[key]))
@@ -98,7 +135,12 @@ def test_only_one_process_writes(begun):
         for attempt in (lambda: locked(begun).__enter__(), lambda: check_place(begun)):
             with pytest.raises(UserError, match=r"Another process is training in .*run"):
                 attempt()
+        with lock_if_free(begun) as free:
+            assert not free
     check_place(begun)
+    with lock_if_free(begun) as free, pytest.raises(UserError, match="Another process"):
+        locked(begun).__enter__()
+    assert free
     with locked(begun):
         pass
 

@@ -34,7 +34,7 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _start(folder: Path, uri: str, warnings: list[str] | None = None) -> Tracker:
     said: list[str] = [] if warnings is None else warnings
-    return start(folder, uri, "law", folder.name, None, said.append, QUICK)
+    return start(folder, uri, "law", folder.name, said.append, QUICK)
 
 
 def _history(uri: str, run_id: str | None, name: str) -> list[tuple[int, float]]:
@@ -108,7 +108,7 @@ import os, signal, sys, time
 from pathlib import Path
 from trainer.tracking import start
 from trainer.tracking.tracker import Pace
-tracker = start(Path(sys.argv[1]), sys.argv[2], "law", "killed", None, print, Pace(0.02, 0.1, 0.1))
+tracker = start(Path(sys.argv[1]), sys.argv[2], "law", "killed", print, Pace(0.02, 0.1, 0.1))
 for step in range(1, 10**9):
     tracker.metrics(step, {"loss": float(step)})
     time.sleep(0.002)

@@ -1,8 +1,9 @@
 """How a folder becomes a checkpoint: written under a hidden name, then one rename.
 
-    .writing-00000100       being written; never listed, swept away by the next save step-00000100
-    committed step-00000100.replaced  committed, its step being saved again; listed until the new
-    one is there .deleting-...           being deleted; never listed
+    .writing-00000100       being written; never listed, swept away by the next save
+    step-00000100           committed
+    step-00000100.replaced  committed, its step being saved again; listed until the new one is there
+    .deleting-...           being deleted; never listed
 
 At every moment the folder lists the checkpoints it listed before, or those and the new one. Rank
 0 alone comes here.

@@ -131,7 +131,9 @@ def list_checkpoints(folder: Path, *, checksums: bool = False) -> list[Checkpoin
 def inspect(checkpoint: Path, *, checksums: bool) -> Checkpoint:
     """One checkpoint seen by this process alone; UserError where `checkpoint` is no such folder."""
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}: no such checkpoint folder; `flowmill checkpoint list RUN`.")
+        raise UserError(
+            f"{checkpoint}: no such checkpoint; `flowmill checkpoint list RUN` names those there are."
+        )
     named = {path: step for step, path in committed(checkpoint.parent)}
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     try:
@@ -175,11 +177,16 @@ def latest_whole(folder: Path) -> Path | None:
         if _rank() == 0:
             logger.warning("checkpoint %s is damaged (%s); trying the one before", path, wrong)
     if first:
-        raise UserError(
-            f"{folder}: none of the {len(found)} checkpoints is whole ({first}); restore one from "
-            "a copy, or give the run another run.dir to begin anew."
-        )
+        raise none_whole(folder, len(found), first)
     return None
+
+
+def none_whole(folder: Path, count: int, damage: str) -> UserError:
+    """What to say where all `count` checkpoints in `folder` are damaged, the newest of them so."""
+    return UserError(
+        f"{folder}: none of the {count} checkpoints is whole ({damage.rstrip('.')}); "
+        "restore one from a copy, or give the run another run.dir to begin anew."
+    )
 
 
 def _check_tensors(

@@ -23,6 +23,15 @@ from trainer import metrics_log
 Event = dict[str, Any]
 
 
+SPOOL, STATE = "mlflow-spool.jsonl", "mlflow-state.json"
+
+
+def forget(folder: Path) -> None:
+    """What is begun anew in `folder` is another run of MLflow's; what the old one did not send is lost."""
+    for name in (SPOOL, STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class State:
     """What survives the process.
@@ -56,8 +65,8 @@ class Outbox:
 
         Raises UserError if one of the two files is damaged.
         """
-        self.path = folder / "mlflow-spool.jsonl"
-        self._state_path = folder / "mlflow-state.json"
+        self.path = folder / SPOOL
+        self._state_path = folder / STATE
         # Kept before a run is created under its key, so that even a creation whose answer was lost
         # is found again.
         self.save(self._load(hashlib.sha256(uri.encode()).hexdigest()[:16]))

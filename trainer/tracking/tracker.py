@@ -6,6 +6,7 @@ the run is resumed. Used on rank 0 alone.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,19 +53,21 @@ def start(
     uri: str,
     experiment: str,
     run_name: str,
-    run_id: str | None,
     warn: Callable[[str], None] = log.warning,
     pace: Pace | None = None,
+    begin: bool = True,
 ) -> "Tracker":
     """Track the run in `folder`; one that was tracked there before goes on under the same run id.
+
+    begin: MLflow is told that the run is running; else its status stays as it was
 
     Does not wait for the store. Raises UserError for an address that MLflow cannot serve.
     """
     check_address(uri)
     load_mlflow()
     outbox = Outbox(folder, uri)
-    if run_id is not None and run_id != outbox.state.run_id:
-        outbox.save(replace(outbox.state, run_id=run_id))
+    if begin:
+        outbox.put({"kind": "status", "status": "RUNNING", "time": _now()})
     return Tracker(outbox, Store(uri, experiment, run_name), warn, pace or Pace())
 
 
@@ -81,7 +84,8 @@ def open_command(uri: str) -> str:
     """What a person types or opens to see the runs of a store."""
     if uri.startswith("http"):
         return redact_text(uri)
-    return f"mlflow ui --backend-store-uri {redact_text(uri)}"
+    program = Path(sys.executable).with_name("mlflow")
+    return f"{program if program.exists() else 'mlflow'} ui --backend-store-uri {redact_text(uri)}"
 
 
 class Silent:
@@ -100,7 +104,7 @@ class Silent:
 
     def artifact(self, path: Path, folder: str = "") -> None: ...
 
-    def close(self, status: Status, timeout: float = 10.0) -> None: ...
+    def close(self, status: Status | None, timeout: float = 10.0) -> None: ...
 
 
 class Tracker(Silent):
@@ -112,7 +116,6 @@ class Tracker(Silent):
         self._outbox, self._store, self._warn, self._pace = outbox, store, warn, pace
         self._warned = self._attached = False
         self._closing = threading.Event()
-        outbox.put({"kind": "status", "status": "RUNNING", "time": _now()})
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -151,9 +154,13 @@ class Tracker(Silent):
         """A file to copy into the run's artifacts, when the thread comes to it."""
         self._outbox.put({"kind": "artifact", "path": str(path.resolve()), "folder": folder})
 
-    def close(self, status: Status, timeout: float = 10.0) -> None:
-        """Send the rest and the end, within `timeout` seconds; what is left waits in the spool."""
-        self._outbox.put({"kind": "status", "status": status, "time": _now()})
+    def close(self, status: Status | None, timeout: float = 10.0) -> None:
+        """Send the rest and the end, within `timeout` seconds; what is left waits in the spool.
+
+        status: how the run ended; None: as it is known already
+        """
+        if status is not None:
+            self._outbox.put({"kind": "status", "status": status, "time": _now()})
         self._closing.set()
         self._thread.join(timeout)
         if not self._outbox.empty():
@@ -199,7 +206,7 @@ class Tracker(Silent):
         if not self._warned:
             self._warned = True
             self._warn(
-                f"MLflow does not take this run's records for now ({reason}); training goes on: "
+                f"MLflow does not take this run's records for now ({reason}); "
                 f"they are kept in {self._outbox.path} and sent when it answers or on resume."
             )
 
