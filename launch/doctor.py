@@ -171,9 +171,9 @@ def _decoders() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for name, purpose, install in (
-        ("deepspeed", "ZeRO stages and offload by DeepSpeed", "pip install deepspeed"),
-        ("accelerate", "what `accelerate config` says", "pip install accelerate"),
-        ("s3fs", "shards and checkpoints on s3:// storage", "pip install 'flowmill[s3]'"),
+        ("deepspeed", "nothing here yet: DeepSpeed is not used", "no need to install it"),
+        ("accelerate", "nothing here yet: accelerate is not used", "no need to install it"),
+        ("s3fs", "shards on s3:// storage", "pip install 'flowmill[s3]'"),
     ):
         try:
             yield Finding(name, version(name), "good", purpose)
@@ -198,9 +198,9 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("C++ compiler", found, "missing", meaning)
     ninja = _output(["ninja", "--version"]) if _which("ninja") else None
     meaning = (
-        "building DeepSpeed's operators"
+        "building C++ extensions; not used yet"
         if ninja
-        else "missing for DeepSpeed's operators: pip install ninja"
+        else "missing for building C++ extensions; not used yet"
     )
     yield Finding("ninja", ninja or "none", "good" if ninja else "missing", meaning)
 

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: one live line on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,12 +10,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 
+class Terminal(Console):
+    """Standard error; once nobody reads it any more what is said is lost, and training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Also for whatever else writes there: warnings, the interpreter at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+
+
 class ProgressLine:
     """Loss, samples a second, data wait and time left; quiet between `log_every` steps off a terminal."""
 
     def __init__(self, steps: int, log_every: int) -> None:
         self._steps, self._log_every = steps, log_every
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = Terminal(stderr=True, soft_wrap=True)
         self._bar = (
             Progress(
                 TextColumn("{task.completed}/{task.total}"),

@@ -21,6 +21,8 @@ from flows.errors import UserError
 
 GRACE_SECONDS = 15.0
 LOST_OTHERS = 3  # exit code of a rank that ends because another one has ended
+STOPPED = 75  # exit code of a training that a signal ended with a checkpoint (EX_TEMPFAIL)
+INTERRUPTED = 130  # exit code where Ctrl-C left no time for one, as a shell has it
 PARENT = "FLOWMILL_PARENT"
 # How Gloo and the store say that the other side of a connection has gone, or has been silent.
 _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -90,7 +92,7 @@ def as_rank() -> Iterator[None]:
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
-    """Run `flowmill <arguments>` as `ranks` local processes; the exit code of the first to fail.
+    """Run `flowmill <arguments>` as `ranks` local processes; the exit code of the first to fail, or STOPPED.
 
     A signal to the parent goes to every rank. When one rank dies the others get GRACE_SECONDS to end,
     then they are killed; a parent that is killed takes its ranks with it.
@@ -100,9 +102,12 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     started = [_start(arguments, rank, ranks, port, logs) for rank in range(ranks)]
     with _forwarded_signals([rank.process for rank in started]):
         failed = _wait(started)
+    codes = [rank.process.returncode for rank in started]
     if failed is None:
-        return 0
-    code = started[failed].process.returncode
+        return STOPPED if STOPPED in codes else 0
+    code = codes[failed]
+    if code == INTERRUPTED:
+        return code  # rank 0 has said so
     sys.stderr.write(_obituary(failed, code, started[failed]))
     return code if code > 0 else 128 - code
 
@@ -151,7 +156,11 @@ def _wait(ranks: Sequence[_Rank]) -> int | None:
     while True:
         codes = [rank.process.poll() for rank in ranks]
         if time.monotonic() < deadline:
-            failed += [rank for rank, code in enumerate(codes) if code and rank not in failed]
+            failed += [
+                rank
+                for rank, code in enumerate(codes)
+                if code not in (None, 0, STOPPED) and rank not in failed
+            ]
         if None not in codes:
             break
         if failed and deadline == float("inf"):
@@ -176,7 +185,8 @@ def _obituary(number: int, code: int, rank: _Rank) -> str:
     else:
         how = f"ended with exit code {code}{f': {said[-1]}' if said else ''}"
     return (
-        f"error: rank {number} {how}{where}; the same command goes on from the last checkpoint.\n"
+        f"error: rank {number} {how}{where}; the same command goes on from the newest checkpoint, if "
+        "there is one.\n"
     )
 
 

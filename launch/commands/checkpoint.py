@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.errors import UserError
@@ -51,8 +52,10 @@ def _checkpoints_folder(run: Path) -> Path:
     for folder in (run / "checkpoints", run):
         if committed(folder):
             return folder
-    state = "has no checkpoints yet" if run.is_dir() else "no such folder"
-    raise UserError(f"{run}: {state}; name a run folder (run.dir of its recipe).")
+    if (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} has no checkpoints yet; train it first.")
+    state = "not a run folder" if run.exists() else "no such folder"
+    raise UserError(f"{run}: {state}; name the run.dir of a training.")
 
 
 def _report(checkpoints: "list[Checkpoint]", as_json: bool) -> None:
@@ -60,11 +63,14 @@ def _report(checkpoints: "list[Checkpoint]", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([_record(checkpoint) for checkpoint in checkpoints], indent=2))
     else:
-        table = Table("step", "size", "state", "folder")
+        parent = checkpoints[0].path.parent
+        table = Table("step", "size", "state", "folder", title=escape(str(parent)))
         for checkpoint in checkpoints:
-            state = "[green]whole" if checkpoint.damage is None else f"[red]{checkpoint.damage}"
+            state = "[green]whole"
+            if checkpoint.damage is not None:
+                state = f"[red]{escape(checkpoint.damage)}"
             size = f"{checkpoint.size / 2**20:.1f} MiB"
-            table.add_row(str(checkpoint.step), size, state, str(checkpoint.path))
+            table.add_row(str(checkpoint.step), size, state, checkpoint.path.name)
         Console().print(table)
     if any(checkpoint.damage for checkpoint in checkpoints):
         raise typer.Exit(1)

@@ -32,16 +32,16 @@ def demo(
     begin = time.monotonic()
     root = _fresh(Path(folder))
     shards, run = root / "shards", root / "digits"
+    train = [
+        "train", "digits", f"run.dir={run}", f"data.train={shards}/train-*.tar",
+        *(overrides or []), "--ranks", str(ranks),
+    ]  # fmt: skip
+    recipe = load_recipe("digits", train[2:-2])  # refuses wrong changes before anything is made
     _flowmill(
         "data", "pack", "embedded:digits28/train-{000000..000003}.tar", str(shards),
         "--per-shard", "1500",
     )  # fmt: skip
     _flowmill("data", "verify", str(shards / "train-*.tar"))
-    train = [
-        "train", "digits", f"run.dir={run}", f"data.train={shards}/train-*.tar",
-        *(overrides or []), "--ranks", str(ranks),
-    ]  # fmt: skip
-    recipe = load_recipe("digits", train[2:-2])
     _train_and_kill(train, run, kill_after=recipe.checkpoint.every + recipe.checkpoint.every // 2)
     _flowmill(*train)
     _flowmill("sample", str(run), "--count", "100")
@@ -113,5 +113,7 @@ def _newest(checkpoints: Path) -> Path:
 
 
 def _mlflow_command(root: Path) -> str:
-    folder = Path(sys.executable).parent
-    return f"{folder}/mlflow ui --backend-store-uri sqlite:///{root.resolve()}/mlflow.db"
+    # torch, which comes with tracking, takes seconds to import: `flowmill --help` should not.
+    from trainer.tracking import open_command
+
+    return open_command(f"sqlite:///{root.resolve()}/mlflow.db")

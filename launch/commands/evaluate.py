@@ -1,13 +1,15 @@
 """`flowmill evaluate`: how good the samples of a run are, in numbers beside their yardsticks."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.commands.sample import RunArgument, SampleOverrides
+from flows.errors import UserError
+from launch.commands.sample import RunArgument, SampleOverrides, how_drawn, how_in_words
 
 
 def evaluate(
@@ -26,14 +28,20 @@ def evaluate(
 
     folder, recipe = open_run(run)
     check_writable(folder)
-    samples, found = judge_run(folder, with_overrides(recipe, overrides or []), count)
-    verdict = {"network_calls": samples.network_calls, **found.to_dict()}
+    if folder.evaluation.exists() and not (
+        folder.evaluation.is_file() and os.access(folder.evaluation, os.W_OK)
+    ):
+        raise UserError(f"{folder.evaluation} cannot be written; move it away.")
+    recipe = with_overrides(recipe, overrides or [])
+    samples, found = judge_run(folder, recipe, count)
+    verdict = {**how_drawn(recipe, samples), **found.to_dict()}
     text = json.dumps(verdict)
     folder.evaluation.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
         return
-    table = Table("samples", "found", "beside", title=f"{run}, {count} samples")
+    title = f"{run}, step {samples.step}, {count} samples ({how_in_words(recipe)})"
+    table = Table("samples", "found", "beside", title=title)
     table.add_row("network calls a sample", str(samples.network_calls), "")
     for row in found.rows():
         table.add_row(*row)

@@ -3,16 +3,21 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from flows.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+    from trainer.sampling import Samples
+
 RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
 SampleOverrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes, as sample.key=value or seed=value.")
+    list[str] | None,
+    typer.Argument(help="Changes: sample.key=value, seed=value or data.heldout=shards."),
 ]
 
 
@@ -38,14 +43,30 @@ def sample(
     drawn = sample_checkpoint(folder, recipe, count)
     pictures.class_grid(drawn.images, drawn.labels, recipe.data.names, path, GRID_COLUMNS)
     if out is None:
-        add_artifact(folder, recipe, path, "samples")
-    result = {"picture": str(path), "samples": count, "network_calls": drawn.network_calls}
+        note = Console(stderr=True, soft_wrap=True).print
+        add_artifact(folder, recipe, path, "samples", lambda text: note(text, markup=False))
+    result = {"picture": str(path), "samples": count, **how_drawn(recipe, drawn)}
     if as_json:
         typer.echo(json.dumps(result))
         return
     Console(soft_wrap=True).print(
-        f"{count} samples at {drawn.network_calls} network calls each: {path}", highlight=False
+        f"{count} samples of step {drawn.step} ({how_in_words(recipe)}) at {drawn.network_calls} "
+        f"network calls each: {path}",
+        highlight=False,
     )
+
+
+def how_drawn(recipe: "Recipe", drawn: "Samples") -> dict[str, object]:
+    """All that decides the samples of a run, for programs."""
+    section = recipe.sample.model_dump(mode="json", exclude={"every", "count"})
+    calls = drawn.network_calls
+    return {"step": drawn.step, "seed": recipe.seed, "sample": section, "network_calls": calls}
+
+
+def how_in_words(recipe: "Recipe") -> str:
+    """The same for people, as far as one line holds it."""
+    section = recipe.sample
+    return f"{section.solver}, {section.steps} steps, guidance {section.guidance:g}, seed {recipe.seed}"
 
 
 def check_picture(option: str, path: Path) -> None:

@@ -1,6 +1,7 @@
 """`flowmill train`: check everything, then start or join the ranks."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from rich.table import Table
 from flows.errors import UserError
 from launch.progress import ProgressLine
 from launch.ranks import (
+    INTERRUPTED,
+    STOPPED,
     as_rank,
     die_with_parent,
     joined_by_launcher,
@@ -37,7 +40,8 @@ def train(
 ) -> None:
     """Train a recipe; in a run folder that holds a checkpoint, go on from it.
 
-    Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own.
+    Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own. Exit code 75
+    where a signal stopped it: a checkpoint is there, and the same command goes on.
     """
     loaded = load_recipe(recipe, overrides or [])
     joined = joined_by_launcher()
@@ -55,9 +59,19 @@ def train(
         _print_checks(check(loaded, world_size), as_json)
     elif joined or world_size == 1:
         die_with_parent()
-        check(loaded, world_size)
-        with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
-            run_training(loaded, world_size, progress)
+        # One process of a run looks at its folder: they would take each other for another run.
+        first = os.environ.get("RANK", "0") == "0"
+        check(loaded, world_size, place=first)
+        try:
+            with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
+                outcome = run_training(loaded, world_size, progress)
+        except KeyboardInterrupt:
+            if first:
+                sys.stderr.write("interrupted; nothing was saved since the last checkpoint\n")
+            sys.exit(INTERRUPTED)
+        if first and not outcome.finished:
+            # Rank 0 alone: a launcher ends the others at the first that fails, and it is the last to end.
+            sys.exit(STOPPED)
     else:
         check(loaded, world_size)
         choose_device("auto", world_size - 1)  # refuses more ranks than there are accelerators

@@ -1,5 +1,6 @@
 """What programs read from the command line, and what a log file gets of its progress."""
 
+import fcntl
 import json
 import os
 import re
@@ -56,16 +57,31 @@ def test_json_of_data(flowmill: Flowmill, place: Path) -> None:
 def test_json_of_samples(flowmill: Flowmill, place: Path) -> None:
     ended = flowmill("sample", "runs/kept", "sample.steps=2", "--count", "10", "--json")
     result = json.loads(ended.out)
-    assert result == {"picture": "runs/kept/samples/final.png", "samples": 10, "network_calls": 4}
+    drawn = {"picture": "runs/kept/samples/final.png", "samples": 10, "step": 4, "network_calls": 4}
+    assert result.items() >= (drawn | {"seed": 0}).items()
+    assert (result["sample"]["steps"], result["sample"]["solver"]) == (2, "euler")
     assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
     assert flowmill("sample", "runs/kept", "--count", "1", "--out", "a.PNG", "--json").code == 0
     assert Path("a.PNG").exists()
 
 
+def test_samples_beside_a_training_leave_its_records_alone(flowmill: Flowmill, place: Path) -> None:
+    recipe = Path("runs/kept/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("mlflow: false", "mlflow: true"))
+    with Path("runs/kept/.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = flowmill("sample", "runs/kept", "--count", "10")
+    assert ended.code == 0
+    assert "was not sent to MLflow, for a training goes on in runs/kept" in ended.err
+    assert not list(Path("runs/kept").glob("mlflow*"))
+    assert "10 samples of step 4 (euler, 1 steps, guidance 1.5, seed 0)" in ended.out
+
+
 def test_json_of_an_evaluation(flowmill: Flowmill, place: Path) -> None:
     ended = flowmill("evaluate", "runs/kept", "--count", "20", "--json")
     result = json.loads(ended.out)
-    assert result["network_calls"] == 2
+    assert (result["network_calls"], result["step"], result["seed"]) == (2, 4, 0)
+    assert result["sample"]["guidance"] == 1.5
     assert all(isinstance(value, (int, float, dict, list, str)) for value in result.values())
     assert json.loads(Path("runs/kept/evaluation.json").read_text()) == result
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.stream import open_stream
+from launch.ranks import STOPPED
 from tests.data_pipeline.conftest import grey, sample, write_tar
 from tests.launch.conftest import SHORT, TINY, environment, fingerprint
 
@@ -25,7 +26,7 @@ def start(*words: str, module: str = "launch", before: tuple[str, ...] = ()) -> 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -60,6 +61,33 @@ def test_a_bad_sample_of_another_rank_reaches_the_terminal(place: Path) -> None:
     assert f"bad.tar: sample {key}: " in said[0]
     assert re.search(r"rank 1 .*fresh/logs/rank-1\.log", err), err
     assert fingerprint(place / "runs") == before
+
+
+def test_progress_that_nobody_reads_any_more_ends_no_training(place: Path) -> None:
+    command = ("train", "digits8", "run.dir=fresh", *SHORT, "train.steps=6")
+    process = start(*command)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stderr = None
+    code, _, _ = finish(process)
+    assert code == 0
+    assert len((place / "fresh" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_stopped_is_an_exit_code_of_its_own(place: Path) -> None:
+    for ranks in ("1", "2"):
+        folder = f"fresh{ranks}"
+        process = start(
+            "train", "digits8", f"run.dir={folder}", *TINY, "train.steps=100000", "--ranks", ranks
+        )
+        log = place / folder / "metrics.jsonl"
+        while not (log.exists() and log.stat().st_size) and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        code, _, err = finish(process)
+        assert code == STOPPED == 75, err
+        assert "stopped after step " in err
+        assert "error" not in err
 
 
 @pytest.mark.slow

@@ -192,3 +192,17 @@ def test_numbers_are_read_as_people_write_them(place: Path) -> None:
 
     recipe = load_recipe("digits8", ["optimizer.lr=1e-3", "train.steps=2e3", "name=2024-13-45"])
     assert (recipe.optimizer.lr, recipe.train.steps, recipe.name) == (1e-3, 2000, "2024-13-45")
+
+
+def test_a_demo_refuses_a_wrong_change_before_it_packs(refused: Refused, place: Path) -> None:
+    refused("demo", "train.stepz=1", "--folder", "runs/demo", says=("train.stepz", "train.steps?"))
+
+
+def test_a_rule_between_keys_is_blamed_on_both_who_may_have_broken_it(refused: Refused) -> None:
+    rule = "sample.guidance = 1.5 needs a model that saw hidden labels"
+    says = (f"digits8 with the changes of the command line: {rule}",)
+    refused("train", "digits8", "run.dir=runs/new", "objective.label_drop=0", says=says)
+
+
+def test_a_recipe_without_a_name(refused: Refused) -> None:
+    refused("train", "", says=("The recipe has no name; give a file, or digits",))

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -173,14 +174,25 @@ def test_another_process_training_there(refused: Refused) -> None:
             refused(*resume(*more), says=says)
 
 
+def test_ranks_of_one_run_do_not_take_each_other_for_another(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone looks at the lock: a second rank comes as far as meeting it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Path("runs/kept/.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(*resume(), says=("MASTER_ADDR is not set",))
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["nowhere"], ("nowhere is not a run folder", "give the run.dir of a training")),
         (["digits8"], ("digits8 is not a run folder",)),
-        (["runs/kept", "model.width=16"], ("'model.width=16'", "only sample.* and seed")),
-        (["runs/kept", "sample=3"], ("'sample=3'", "only sample.* and seed")),
+        (["runs/kept", "model.width=16"], ("'model.width=16'", "change sample.*, seed or")),
+        (["runs/kept", "sample=3"], ("'sample=3'", "change sample.*, seed or")),
         (["runs/kept", "sample.stepz=3"], ("sample.stepz", "did you mean sample.steps?")),
         (["runs/kept", "sample.steps=0"], ("sample.steps = 0 must be at least 1",)),
         (["runs/kept", "seed=x"], ("seed = 'x' must be a whole number",)),
@@ -197,7 +209,10 @@ def test_a_run_without_a_checkpoint(refused: Refused) -> None:
     shutil.rmtree("runs/kept/checkpoints")
     refused("sample", "runs/kept", says=("runs/kept has no whole checkpoint", "train it first"))
     refused("evaluate", "runs/kept", says=("runs/kept has no whole checkpoint", "train it first"))
-    refused("checkpoint", "list", "runs/kept", says=("runs/kept", "no checkpoints yet"))
+    refused(
+        "checkpoint", "list", "runs/kept", says=("runs/kept has no checkpoints yet", "train it")
+    )
+    refused("checkpoint", "list", "runs", says=("runs: not a run folder", "run.dir"))
     refused("checkpoint", "verify", "nowhere", says=("nowhere", "no such folder", "run.dir"))
     refused("checkpoint", "verify", "runs/kept/step-9", says=("step-9", "no such checkpoint"))
 
@@ -216,6 +231,22 @@ def test_a_picture_that_cannot_be_written(refused: Refused, out: str, says: str)
     refused("sample", "runs/kept", "--out", out, says=(says,))
 
 
+def test_a_verdict_that_cannot_be_written(refused: Refused) -> None:
+    Path("runs/kept/evaluation.json").mkdir()
+    refused("evaluate", "runs/kept", says=("evaluation.json cannot be written", "move it"))
+
+
+def test_what_a_dry_run_finds_at_once(refused: Refused, flowmill: Flowmill) -> None:
+    says = ("nowhere/x.tar", "no shard")
+    refused(*resume("data.heldout=nowhere/x.tar", "--dry-run"), says=says)
+    newest = checkpoints()[-1]
+    damage_cut(newest)
+    found = json.loads(flowmill(*resume("--dry-run", "--json")).out)[-1]["found"]
+    assert found.startswith("resumes from step 2; step 4 is damaged; changed: train.steps")
+    damage_remove(checkpoints()[0])
+    refused(*resume("--dry-run"), says=("none of the 2 checkpoints is whole",))
+
+
 def test_nothing_to_judge_against(refused: Refused) -> None:
     recipe = Path("runs/kept/recipe.yaml")
     named = recipe.read_text()
@@ -223,6 +254,8 @@ def test_nothing_to_judge_against(refused: Refused) -> None:
         named.replace("heldout: embedded:digits8/heldout-000000.tar", "heldout: null")
     )
     refused("evaluate", "runs/kept", says=("recipe.yaml has no data.heldout", "give it"))
+    wrong = "data.heldout=nowhere/*.tar"
+    refused("evaluate", "runs/kept", wrong, says=("nowhere/*.tar", "no shard"))
     recipe.write_text(named.replace("heldout: embedded:digits8/", "heldout: nowhere/"))
     refused("evaluate", "runs/kept", says=("nowhere/heldout-000000.tar", "no shard"))
 

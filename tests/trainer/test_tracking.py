@@ -18,7 +18,7 @@ import torch
 from mlflow import MlflowClient
 
 from flows.errors import UserError
-from trainer.tracking import Tracker, start
+from trainer.tracking import Tracker, forget, start
 from trainer.tracking.outbox import Outbox
 from trainer.tracking.redact import flatten, redact, redact_text, safe_name
 from trainer.tracking.tracker import Pace
@@ -101,6 +101,26 @@ def test_a_resumed_run_goes_on_and_repeats_nothing(sqlite: str, tmp_path: Path) 
     assert run.data.tags["resumed.steps"] == "20"
     expected = [(s, 1.0) for s in range(1, 9)] + [(s, 2.0) for s in range(9, 21)]
     assert _history(sqlite, second.run_id, "loss") == expected
+
+
+def test_a_file_is_added_later_and_the_status_stays(sqlite: str, tmp_path: Path) -> None:
+    first = _start(tmp_path, sqlite)
+    first.close("KILLED", PATIENT)
+    added = tmp_path / "final.png"
+    added.write_bytes(b"picture")
+    second = start(tmp_path, sqlite, "law", tmp_path.name, print, QUICK, begin=False)
+    second.artifact(added, "samples")
+    second.close(None, PATIENT)
+    client = MlflowClient(tracking_uri=sqlite)
+    assert client.get_run(second.run_id).info.status == "KILLED"
+    assert [a.path for a in client.list_artifacts(second.run_id, "samples")] == [
+        "samples/final.png"
+    ]
+
+    forget(tmp_path)
+    third = _start(tmp_path, sqlite)
+    third.close("FINISHED", PATIENT)
+    assert third.run_id not in (None, first.run_id), "begun anew is another run"
 
 
 KILLED = """
