@@ -2,7 +2,8 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,19 +99,11 @@ class Report(Quiet):
         if self._resumed:
             line = {**line, "resumed": True}
             self._resumed = False
-        self._write_step(line)
-        self._curve.append(line)
-        self._tracker.metrics(int(line["step"]), line)
-        self._progress.step(line)
-
-    def _write_step(self, line: Mapping[str, Any]) -> None:
-        try:
+        with _room(self._run):
             self._log.append(line)
-        except OSError as error:
-            raise UserError(
-                f"{self._run.metrics}: step {line['step']} could not be written ({error.strerror}); "
-                "free some room, and the same command goes on from the newest checkpoint there is."
-            ) from error
+            self._tracker.metrics(int(line["step"]), line)
+        self._curve.append(line)
+        self._progress.step(line)
 
     def _images(self, path: Path) -> Tensor | None:
         found = _read_images(path)
@@ -123,7 +116,8 @@ class Report(Quiet):
         folder = f"step-{step:08d}"
         manifest = self._run.checkpoints / folder / "manifest.json"
         self._tracker.artifact(manifest, f"checkpoints/{folder}")
-        pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name)
+        with _room(self._run):
+            pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name)
         self._tracker.artifact(self._run.loss_curve)
         self.note(f"checkpoint at step {step}")
 
@@ -137,6 +131,10 @@ class Report(Quiet):
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None:
         """A grid of this step, kept as numbers too, so that the grid over training can grow."""
+        with _room(self._run):
+            self._samples(step, images, labels)
+
+    def _samples(self, step: int, images: Tensor, labels: Tensor) -> None:
         path = self._run.samples / f"step-{step:08d}"
         # Replaced at once: a torn file would end every later grid over training, and the run with it.
         partial = path.with_suffix(".partial")
@@ -197,6 +195,18 @@ def add_artifact(
         tracker = open_tracker(run, recipe, note, begin=False)
         tracker.artifact(path, folder)
         tracker.close(None)
+
+
+@contextmanager
+def _room(run: RunFolder) -> Iterator[None]:
+    """Raises UserError where a full disk, or a folder that went away, takes no more."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run.dir = {run.root} takes no more files ({error.strerror or error}); free some room, and the "
+            "same command goes on from the newest checkpoint there is."
+        ) from error
 
 
 def _step_of(path: Path) -> int:

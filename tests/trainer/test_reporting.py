@@ -1,8 +1,29 @@
 """What a report keeps to draw with does not grow with the run."""
 
+import resource
 from itertools import pairwise
+from pathlib import Path
 
-from trainer.reporting import CURVE_POINTS, Curve
+import pytest
+
+from flows.errors import UserError
+from tests.trainer import runs
+from trainer.reporting import CURVE_POINTS, Curve, Report
+from trainer.run_folder import RunFolder
+from trainer.tracking import Silent
+
+
+def test_a_full_disk_ends_a_run_in_a_sentence(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk."""
+    report = Report(RunFolder(tmp_path), Silent(), runs.Silence(), runs.recipe(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(UserError, match="takes no more files .*; free some room"):
+            report.step({"step": 1, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        report.close()
 
 
 def test_curve_thins_evenly_and_keeps_resumes() -> None:
