@@ -250,7 +250,7 @@ def synthetic(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("named", ["glob", "braces"])
+@pytest.mark.parametrize("named", ["glob", pytest.param("braces", marks=pytest.mark.slow)])
 def test_a_hundred_thousand_shards_open_in_seconds(synthetic, named):
     """A thousand million samples; the bound is ten times what a quiet machine takes."""
     pattern = synthetic(100_000, 10_000)
@@ -275,10 +275,10 @@ def test_memory_goes_with_the_shards_and_not_with_the_samples(synthetic):
         return used
 
     peak(10, 10)
-    few, many = peak(4_000, 10), peak(4_000, 100_000)
+    few, many = peak(2_000, 10), peak(2_000, 100_000)
     assert abs(many - few) < 0.1 * few
-    assert few < 4_000 * 3_000
-    assert peak(8_000, 10) < 2.5 * few
+    assert few < 2_000 * 3_000
+    assert peak(4_000, 10) < 2.5 * few
 
 
 def test_a_shard_changed_after_the_data_set_was_opened_is_named(shards, tmp_path):
