@@ -18,7 +18,9 @@ LENGTH = ("train.steps=6", "checkpoint.every=3", "data.max_bad_fraction=0.34")
 
 
 def report(folder):
-    return sorted(read_lines(folder / "quarantine.jsonl"), key=lambda line: line.get("position", -1))
+    return sorted(
+        read_lines(folder / "quarantine.jsonl"), key=lambda line: line.get("position", -1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def test_a_run_goes_on_with_the_shards_it_began_with(tmp_path):
     changes = (f"data.train={pattern}", *LENGTH)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, steps in ((whole, 6), (parts, 3)):
-        runs.train_here(runs.recipe(folder, *changes, f"train.steps={steps}", "optimizer.schedule=constant"))
+        runs.train_here(
+            runs.recipe(folder, *changes, f"train.steps={steps}", "optimizer.schedule=constant")
+        )
     begun = read_past(parts / "shards.jsonl")
     assert [shard.left_out is None for shard in begun] == [False, True, True]
     shards[0].write_bytes(broken)

@@ -19,7 +19,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
     try:
-        with pytest.raises(UserError, match="takes no more files .*; free some room"):
+        with pytest.raises(UserError, match=r"takes no more files .*; free some room"):
             report.step({"step": 1, "loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
