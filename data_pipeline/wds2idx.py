@@ -66,10 +66,11 @@ def _parse(text: str) -> list[Member] | None:
 
 
 def _fits(members: Sequence[Member], size: int) -> bool:
-    """Each member ends before the next one's header, and the last before the end mark."""
-    ends = [_end(member) for member in members]
+    """Each member begins at a block, after its header, and ends before the next or the end mark."""
+    if not members or any(one.offset < BLOCK or one.offset % BLOCK for one in members):
+        return False
     apart = all(_end(one) + BLOCK <= two.offset for one, two in pairwise(members))
-    return bool(members) and apart and ends[-1] + BLOCK <= size
+    return apart and _end(members[-1]) + BLOCK <= size
 
 
 def _end(member: Member) -> int:

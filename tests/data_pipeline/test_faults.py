@@ -27,6 +27,7 @@ from data_pipeline.storage import resolve
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from tests.data_pipeline.conftest import grey, sample, write_tar
+from tests.data_pipeline.test_loader import PLAIN
 
 CPU = torch.device("cpu")
 # Samples of the 30 written by `spoiled`, and what is wrong with them.
@@ -49,12 +50,21 @@ def spoiled(folder: Path) -> str:
 
 
 def loader(pattern, tolerate, *, rank=0, ranks=1, kind="pillow", batch=6, prefetch=2):
-    stream = open_stream(pattern, classes=10, seed=4, lanes=3, window=4, tolerate=tolerate)
-    decoder = open_decoder(kind, image_size=4, channels=1, threads=1, device=CPU)
+    stream = open_stream(
+        [(pattern, 1.0)], keep={}, classes=10, seed=4, lanes=3, window=4, tolerate=tolerate
+    )
     return Loader(
-        stream, decoder, seed=4, batch=batch, rank=rank, ranks=ranks, flip=0.0, prefetch=prefetch,
+        stream,
+        open_decoder(kind, channels=1, threads=1, device=CPU),
+        size=(4, 4),
+        augment=PLAIN,
+        seed=4,
+        batch=batch,
+        rank=rank,
+        ranks=ranks,
+        prefetch=prefetch,
         device=CPU,
-    )  # fmt: skip
+    )
 
 
 def numbers(batch):
@@ -104,12 +114,14 @@ def test_the_same_samples_take_their_place_on_any_ranks(tmp_path, kind):
 
 def _keys(pattern, count):
     tolerate = Tolerance(0.5, None, None)
-    stream = open_stream(pattern, classes=10, seed=4, lanes=3, window=4, tolerate=tolerate)
+    stream = open_stream(
+        [(pattern, 1.0)], keep={}, classes=10, seed=4, lanes=3, window=4, tolerate=tolerate
+    )
     return stream.keys(torch.arange(count))
 
 
 def test_what_takes_a_place_is_of_the_same_epoch_and_spread_evenly(shards):
-    stream = open_stream(shards([50, 50]), classes=10, seed=1, lanes=4, window=8)
+    stream = open_stream([(shards([50, 50]), 1.0)], keep={}, classes=10, seed=1, lanes=4, window=8)
     positions = torch.full((4000,), 217)
     attempts = torch.arange(1, 4001)
     keys = [one.key for one in stream.fetch(positions, attempts)]
@@ -118,7 +130,9 @@ def test_what_takes_a_place_is_of_the_same_epoch_and_spread_evenly(shards):
     assert counts.max() < 90
     again = [one.key for one in stream.fetch(positions[:9], attempts[:9])]
     assert again == keys[:9]
-    other = open_stream(shards([50, 50], "b"), classes=10, seed=2, lanes=4, window=8)
+    other = open_stream(
+        [(shards([50, 50], "b"), 1.0)], keep={}, classes=10, seed=2, lanes=4, window=8
+    )
     assert [one.key for one in other.fetch(positions, attempts)] != keys
 
 
@@ -201,18 +215,20 @@ def test_where_all_is_bad_it_ends(tmp_path):
 
 def test_a_shard_that_cannot_be_indexed_is_left_out_and_the_fingerprint_says_so(shards, tmp_path):
     pattern = shards([4] * 5)
-    whole = open_stream(pattern, classes=10, seed=0, lanes=2, window=2)
+    whole = open_stream([(pattern, 1.0)], keep={}, classes=10, seed=0, lanes=2, window=2)
     broken = tmp_path / "data" / "train-02.tar"
     content = broken.read_bytes()
     broken.write_bytes(content[:2000])
     tolerate = Tolerance(0.2, None, None)
-    part = open_stream(pattern, classes=10, seed=0, lanes=2, window=2, tolerate=tolerate)
+    part = open_stream(
+        [(pattern, 1.0)], keep={}, classes=10, seed=0, lanes=2, window=2, tolerate=tolerate
+    )
     assert part.samples == 16
     assert part.fingerprint != whole.fingerprint
     assert {key.split("/")[0] for key in part.keys(torch.arange(16))} == {
         f"train-0{n}" for n in (0, 1, 3, 4)
     }
-    (left_out,) = [shard for shard in part.contents.past if shard.left_out]
+    (left_out,) = [shard for shard in part.past if shard.left_out]
     assert "train-02.tar: not a whole uncompressed tar" in left_out.left_out
     with pytest.raises(
         UserError, match=r"1 of 5 shards cannot be used.*= 0\.1 allows 0; the first"
@@ -228,10 +244,12 @@ def test_a_resume_has_the_shards_the_run_began_with(shards, tmp_path):
 
     def begin(past, fraction=0.4):
         tolerate = Tolerance(fraction, None, past)
-        return open_stream(pattern, classes=10, seed=0, lanes=2, window=2, tolerate=tolerate)
+        return open_stream(
+            [(pattern, 1.0)], keep={}, classes=10, seed=0, lanes=2, window=2, tolerate=tolerate
+        )
 
     first = begin(None)
-    write_past(tmp_path / "shards.jsonl", first.contents.past)
+    write_past(tmp_path / "shards.jsonl", first.past)
     past = read_past(tmp_path / "shards.jsonl")
     # The shard is repaired and another one vanishes: neither moves any position.
     broken.write_bytes(content)
@@ -315,11 +333,11 @@ def test_a_torn_last_line_of_the_report_is_no_obstacle(tmp_path):
 
 def test_evaluation_takes_the_next_good_sample(tmp_path):
     pattern = spoiled(tmp_path / "set")
-    decoder = open_decoder("pillow", image_size=4, channels=1, threads=1, device=CPU)
-    options = {"classes": 10, "limit": 25, "batch": 4}
+    decoder = open_decoder("pillow", channels=1, threads=1, device=CPU)
+    options = {"size": (4, 4), "keep": {}, "classes": 10, "limit": 25, "batch": 4}
     with pytest.raises(UserError):
-        read_all(pattern, decoder, **options)
-    images, labels = read_all(pattern, decoder, **options, tolerate=Tolerance(0.2, None, None))
+        read_all([pattern], decoder, **options)
+    images, labels = read_all([pattern], decoder, **options, tolerate=Tolerance(0.2, None, None))
     got = torch.round((images.mean((1, 2, 3)) + 1) * 127.5).long().tolist()
     assert got == [n + (n in SPOILED) for n in range(25)]
     assert labels.tolist() == [n % 10 for n in got]

@@ -131,7 +131,7 @@ def test_what_cannot_be_packed_is_said(tmp_path):
         "float64": npz(tmp_path / "a.npz", images=good / 1.0, labels=np.arange(3)),
         "one integer an image": npz(tmp_path / "b.npz", images=good, labels=np.arange(2)),
         "arrays `images` and `labels`": npz(tmp_path / "c.npz", pixels=good),
-        "without pickles": npz(tmp_path / "d.npz", images=good, labels=np.array([{}] * 3)),
+        "Object arrays": npz(tmp_path / "d.npz", images=good, labels=np.array([{}] * 3)),
         "absent.npz": str(tmp_path / "absent.npz"),
         "cannot be packed": str(tmp_path / "x.zip"),
         "no shard": str(tmp_path / "x-*.tar"),

@@ -28,6 +28,7 @@ from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from launch.cli import main
 from tests.data_pipeline.conftest import Members, grey, image_file, reach, sample, write_tar
+from tests.data_pipeline.test_loader import PLAIN
 from trainer.recipe import load_recipe
 from trainer.storage import reach_storage
 
@@ -262,11 +263,21 @@ def said_by(case: Case, tolerate: Tolerance | None) -> str:
 
 
 def read_epoch(case: Case, tolerate: Tolerance | None) -> tuple[list[int], int]:
-    stream = open_stream(case.pattern, classes=10, seed=0, lanes=2, window=8, tolerate=tolerate)
+    stream = open_stream(
+        [(case.pattern, 1.0)], keep={}, classes=10, seed=0, lanes=2, window=8, tolerate=tolerate
+    )
     case.spoil()
-    decoder = open_decoder("pillow", image_size=4, channels=1, threads=1, device=CPU)
     loader = Loader(
-        stream, decoder, seed=0, batch=10, rank=0, ranks=1, flip=0.0, prefetch=1, device=CPU
+        stream,
+        open_decoder("pillow", channels=1, threads=1, device=CPU),
+        size=(4, 4),
+        augment=PLAIN,
+        seed=0,
+        batch=10,
+        rank=0,
+        ranks=1,
+        prefetch=1,
+        device=CPU,
     )
     with loader:
         positions, bad = [], 0
