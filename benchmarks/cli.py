@@ -1,12 +1,16 @@
 """`flowmill bench`: measurements anyone can repeat, as a table or as JSON."""
 
 import json
+import os
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from benchmarks.loader import Comparison
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this trainer.")
 
@@ -41,3 +45,52 @@ def overhead(
     table.add_row("median of paired ratios", f"{result.ratio:.4f}")
     table.add_row("weights apart after the warm-up", f"{result.weight_difference:.1e}")
     Console().print(table)
+
+
+@app.command()
+def loader(
+    batch: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads or processes that decode; as many as cores.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every side.")] = 5,
+    resume_samples: Annotated[
+        int, typer.Option(min=0, help="Samples of the epoch to go on in at 90 %; 0: do not.")
+    ] = 100_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Our loader against others on this machine: samples a second, and going on late in an epoch."""
+    from benchmarks.loader import compare
+    from benchmarks.loader_sides import Setting
+
+    console = Console(stderr=True)
+    result = compare(
+        Setting(batch, workers or os.cpu_count() or 1),
+        rounds=rounds,
+        resume_samples=resume_samples,
+        note=lambda text: console.print(text, highlight=False, markup=False),
+    )
+    if as_json:
+        goals = [asdict(goal) | {"met": goal.met} for goal in result.goals]
+        typer.echo(json.dumps(asdict(result) | {"goals": goals}))
+        return
+    _print_comparison(result)
+
+
+def _print_comparison(result: "Comparison") -> None:
+    title = (
+        f"JPEG 256 x 256, batches of {result.setting.batch}, {result.setting.workers} workers, median of "
+        f"{result.rounds} rounds; going on at sample {result.resumed_at:,}"
+    )
+    table = Table("loader", "samples/s", "goes on in", "differs by", title=title)
+    for row in result.rows:
+        if row.speed is None:
+            table.add_row(row.name, f"not installed: {row.install}")
+            continue
+        resume = f"{row.resume_seconds:.3f} s" if row.resume_seconds else ""
+        table.add_row(row.name, f"{row.speed:,.0f}", resume, f"{row.difference:.1e}")
+    goals = Table("goal", "wanted", "found", "")
+    for goal in result.goals:
+        found = "not measured" if goal.found is None else f"{goal.found:.2f}x"
+        goals.add_row(goal.what, f"{goal.wanted:g}x", found, "met" if goal.met else "missed")
+    Console().print(table, goals)

@@ -58,7 +58,9 @@ class Replay:
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = itertools.cycle(batches)
-        self.wait_seconds, self.queue_depth = 0.0, len(batches)
+        self.wait_seconds, self.queue_depth, self.read_depth = 0.0, len(batches), len(batches)
+        self.bad_samples = self.redecoded = 0
+        self.read_depth = self.redecoded = 0
 
     def __next__(self) -> Batch:
         return next(self._batches)

@@ -1,39 +1,36 @@
 """Where every sample of a shard lies, read from the tar's headers once and kept in a small file.
 
-An index made by `flowmill data index` lies beside its shard (`x.tar.index.npz`); one made in
-passing lies in the user's cache folder, so that training never writes among the data. Either is
-believed only while the shard's size and time of change are those it was made for. The file is a
-NumPy archive without pickles.
+The indexes of a folder's shards lie together in one file beside them (see `catalog`), made by
+`flowmill data index`; one made in passing lies in the user's cache folder, so that training never
+writes among the data. Either is believed only while the shard's size and change mark are those it
+was made for. The file is a NumPy archive without pickles.
 """
 
 import contextlib
 import hashlib
 import io
 import os
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards import Place, resolve
+from data_pipeline.headers import Member, read_members
+from data_pipeline.storage import Facts, describe, facts, resolve
+from data_pipeline.wds2idx import import_idx
 from flows.errors import UserError
 
-SUFFIX = ".index.npz"
-VERSION = 1
+VERSION = 2
 # Formats that run code when they are read; nothing in the stream may ask for that.
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pth", "pt"})
-IMAGES = ("png", "jpg", "jpeg", "webp")
-# What storages call the mark that changes with the content, the most telling first.
-CHANGE_MARKS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "created")
-BLOCK = tarfile.BLOCKSIZE
-# Headers of remote shards come with the data between them, in reads of this many bytes.
-READ_AHEAD = 4 << 20
+IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
+LATENT = "latent.npy"
+# What a sample has one of: an image, or the latent that stands for it.
+IMAGES = (*IMAGE_FILES, LATENT)
 
 
 @dataclass(frozen=True)
@@ -60,44 +57,41 @@ class ShardIndex:
         return self.extensions.index(extension) if extension in self.extensions else None
 
 
-def open_index(url: str) -> ShardIndex:
-    """The index of a shard: from beside it or the cache if one fits, else made now and cached.
+def open_index(url: str, known: Facts | None = None) -> ShardIndex:
+    """The index of a shard: from the cache if one fits, else made now and cached.
 
+    known: what the storage has told of the shard, if it was asked already
     Raises UserError for a shard that is missing, damaged or not safe to read.
     """
-    place = resolve(url)
-    signature = sign(url, place)
-    for stored in (_beside(place), _in_cache(url)):
-        if index := _load(stored, url, signature):
+    known = known or look_at(url)
+    stored = cached_at(url)
+    with contextlib.suppress(OSError):
+        if (index := decode(stored.read_bytes(), url, signature_of(known))) is not None:
             return index
-    index = scan(url)
+    index = make_index(url, known)
     # The index is in hand; a cache that cannot be written costs the next run a scan, no more.
     with contextlib.suppress(OSError):
-        _store(_in_cache(url), index, signature)
+        write_whole(stored, encode(index, signature_of(known)))
     return index
 
 
-def write_index(url: str) -> str:
-    """Make the index of a shard anew; returns its place: beside it, or the cache if that fails."""
-    place = resolve(url)
-    signature = sign(url, place)
-    index = scan(url)
+def look_at(url: str) -> Facts:
+    """Size and change mark of a shard. Raises UserError if it is not there."""
     try:
-        _store(_beside(place), index, signature)
-        return url + SUFFIX
-    except OSError:
-        _store(_in_cache(url), index, signature)
-        return _in_cache(url).path
-
-
-def sign(url: str, place: Place) -> str:
-    """What changes when the shard does: its size and, if the storage has one, its change mark."""
-    try:
-        facts = place.storage.info(place.path)
+        return facts(url)
     except OSError as error:
-        raise UserError(f"{url}: the shard cannot be found ({error}); check the path") from error
-    mark = next((facts[name] for name in CHANGE_MARKS if facts.get(name)), "")
-    return f"{VERSION} {facts['size']} {mark}"
+        raise UserError(
+            f"{url}: the shard cannot be found ({describe(error)}); check the path"
+        ) from error
+
+
+def make_index(url: str, known: Facts) -> ShardIndex:
+    """The index of a shard, from what `wds2idx` has left beside it or else from its headers."""
+    # Whatever is wrong with that file, the shard's own headers have the last word.
+    with contextlib.suppress(UserError):
+        if (members := import_idx(url, known)) is not None:
+            return _gather(url, members)
+    return scan(url)
 
 
 def scan(url: str) -> ShardIndex:
@@ -106,35 +100,7 @@ def scan(url: str) -> ShardIndex:
     Raises UserError, naming shard and member, for a truncated or damaged tar, a duplicate key, a
     path that leads outside, a link, a device or a pickle.
     """
-    place = resolve(url)
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with _open_shard(place) as stream:
-            for name, offset, size in _members(stream, url):
-                key, extension = split_name(name)
-                if key is None:
-                    continue
-                if extension.rpartition(".")[2] in PICKLES:
-                    raise UserError(
-                        f"{url}: member {name} is a pickle and could run code; remove it"
-                    )
-                row = rows.setdefault(key, {})
-                if extension in row:
-                    raise UserError(
-                        f"{url}: duplicate key {key}: two members {key}.{extension}; pack it again"
-                    )
-                row[extension] = (offset, size)
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{url}: not a whole uncompressed tar ({error}); copy or pack the shard again"
-        ) from error
-    except IsADirectoryError as error:
-        raise UserError(f"{url} is a folder; name the shards in it, as in {url}/*.tar") from error
-    except OSError as error:
-        raise UserError(
-            f"{url}: the shard cannot be read ({error}); check its permissions"
-        ) from error
-    return _tabulate(url, rows)
+    return _gather(url, read_members(url))
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -149,66 +115,28 @@ def split_name(name: str) -> tuple[str | None, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _open_shard(place: Place) -> Any:
-    if place.local:
-        return Path(place.path).open("rb", buffering=0)
-    return place.storage.open(place.path, "rb", block_size=READ_AHEAD)
+def signature_of(known: Facts) -> str:
+    """What an index is stored under: it changes when the shard does."""
+    return f"{VERSION} {known.size} {known.mark}"
 
 
-def _members(stream: IO[bytes], url: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular member, once it is known to be safe."""
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
-        while member := archive.next():
-            # tarfile keeps all it has seen; a shard can hold millions.
-            archive.members = []  # type: ignore[attr-defined]
-            if member.isdir():
-                continue
-            _refuse_unsafe(member, url)
-            yield member.name, member.offset_data, member.size
-        end = archive.offset
-    # tarfile takes a cut between members, and a damaged header, for the end of the archive.
-    stream.seek(end)
-    if stream.read(BLOCK) != bytes(BLOCK):
-        raise UserError(
-            f"{url}: no end mark at byte {end}: truncated or damaged; copy or pack the shard again"
-        )
-    if stream.read(READ_AHEAD).strip(b"\0"):
-        raise UserError(f"{url}: data after its end mark at byte {end}; pack joined tars again")
+def encode(index: ShardIndex, signature: str) -> bytes:
+    """An index as a file."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        signature=np.array(signature),
+        keys=index.keys,
+        extensions=np.array(index.extensions, np.str_),
+        offsets=index.offsets,
+        sizes=index.sizes,
+    )
+    return buffer.getvalue()
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:
-    if not member.isreg() or member.issparse():
-        kind = "link" if member.issym() or member.islnk() else "device or special file"
-        raise UserError(f"{url}: member {member.name} is a {kind}; a shard holds plain files only")
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{url}: member {member.name} leads outside the shard; pack it again")
-
-
-def _tabulate(url: str, rows: dict[str, dict[str, tuple[int, int]]]) -> ShardIndex:
-    extensions = tuple(sorted({extension for row in rows.values() for extension in row}))
-    absent = (-1, 0)
-    table = [[row.get(extension, absent) for extension in extensions] for row in rows.values()]
-    places = np.array(table, np.int64).reshape(len(rows), len(extensions), 2)
-    keys = np.array(list(rows), np.str_)
-    return ShardIndex(url, keys, extensions, places[..., 0].copy(), places[..., 1].copy())
-
-
-def _beside(place: Place) -> Place:
-    return place._replace(path=place.path + SUFFIX)
-
-
-def _in_cache(url: str) -> Place:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    absolute = str(Path(url).resolve()) if resolve(url).local else url
-    name = hashlib.sha256(absolute.encode()).hexdigest()[:32]
-    return resolve(str(home / "flowmill" / "index" / f"{name}.npz"))
-
-
-def _load(stored: Place, url: str, signature: str) -> ShardIndex | None:
-    """A stored index, or None if there is none, it is damaged, or it was made for other content."""
+def decode(content: bytes, url: str, signature: str) -> ShardIndex | None:
+    """A stored index, or None if it is damaged or was made for other content."""
     try:
-        content = stored.storage.cat_file(stored.path)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             if str(arrays["signature"]) != signature:
                 return None
@@ -220,24 +148,46 @@ def _load(stored: Place, url: str, signature: str) -> ShardIndex | None:
     return index if index.offsets.shape == index.sizes.shape == shape else None
 
 
-def _store(stored: Place, index: ShardIndex, signature: str) -> None:
-    """Write an index; on a local disk it appears whole or not at all, whoever else writes it."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        signature=np.array(signature),
-        keys=index.keys,
-        extensions=np.array(index.extensions, np.str_),
-        offsets=index.offsets,
-        sizes=index.sizes,
-    )
-    if not stored.local:
-        stored.storage.pipe_file(stored.path, buffer.getvalue())
-        return
-    path = Path(stored.path)
+def cached_at(url: str, suffix: str = ".npz") -> Path:
+    """Where this user's cache keeps what belongs to an address."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    absolute = str(Path(url).resolve()) if resolve(url).local else url
+    name = hashlib.sha256(absolute.encode()).hexdigest()[:32]
+    return home / "flowmill" / "index" / f"{name}{suffix}"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     with os.fdopen(handle, "wb") as file:
-        file.write(buffer.getvalue())
+        file.write(content)
     Path(temporary).chmod(0o644)
     Path(temporary).replace(path)
+
+
+def _gather(url: str, members: Iterable[Member]) -> ShardIndex:
+    """Members by sample. Raises UserError for a pickle and a duplicate key."""
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, offset, size in members:
+        key, extension = split_name(name)
+        if key is None:
+            continue
+        if extension.rpartition(".")[2] in PICKLES:
+            raise UserError(f"{url}: member {name} is a pickle and could run code; remove it")
+        row = rows.setdefault(key, {})
+        if extension in row:
+            raise UserError(
+                f"{url}: duplicate key {key}: two members {key}.{extension}; pack it again"
+            )
+        row[extension] = (offset, size)
+    return _tabulate(url, rows)
+
+
+def _tabulate(url: str, rows: dict[str, dict[str, tuple[int, int]]]) -> ShardIndex:
+    extensions = tuple(sorted({extension for row in rows.values() for extension in row}))
+    absent = (-1, 0)
+    table = [[row.get(extension, absent) for extension in extensions] for row in rows.values()]
+    places = np.array(table, np.int64).reshape(len(rows), len(extensions), 2)
+    keys = np.array(list(rows), np.str_)
+    return ShardIndex(url, keys, extensions, places[..., 0].copy(), places[..., 1].copy())

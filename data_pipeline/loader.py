@@ -1,11 +1,15 @@
-"""Batches ahead of the step: a thread reads and decodes, the trainer takes; the state is one
+"""Batches ahead of the step: one thread reads, one decodes, the trainer takes; the state is one
 position."""
 
-import queue
+import atexit
+import itertools
+import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,15 +17,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import draw_flips
-from data_pipeline.decode.decoder import Decoder
-from data_pipeline.samples import Samples
-from data_pipeline.stream import Stream
+from data_pipeline.augment import Augment, Size, Views, draw_views
+from data_pipeline.decode.decoder import Decoder, decode_middle
+from data_pipeline.decode.images import Picture
+from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
+from data_pipeline.keep import Keep
+from data_pipeline.stage import Stage
+from data_pipeline.stream import DataSet, Stream, open_set
 from flows.batch import Batch
 from flows.errors import UserError
 
-# How long a thread that waits for room in the queue takes to notice that it shall stop.
-POLL_SECONDS = 0.05
+# Batches whose bytes are on their way while this one is decoded. Remote neighbours come in one request.
+LOOKAHEAD = 4
+
+
+@dataclass(frozen=True)
+class Undecoded:
+    """A batch that has been read.
+
+    rows: its samples, which may still be replaced
+    pictures: their headers as they were read
+    """
+
+    rows: Rows
+    pictures: list[Picture]
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A rank's share of a batch, and the bad samples that were replaced in it."""
+
+    batch: Batch
+    bad: list[Bad]
+
+
+def share_of(batch: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and end of what `rank` reads of a global batch: rank * batch / ranks, rounded down."""
+    return batch * rank // ranks, batch * (rank + 1) // ranks
+
+
+@dataclass(frozen=True)
+class SharedOut:
+    """One global batch: the position it begins at, and the keys that each rank reads of it."""
+
+    position: int
+    ranks: list[list[str]]
+
+
+def list_shares(
+    stream: Stream, *, start: int, batches: int, batch: int, ranks: int
+) -> list[SharedOut]:
+    """Who reads what of the global batches from position `start` on."""
+    listed = []
+    for position in range(start, start + batches * batch, batch):
+        keys = stream.keys(torch.arange(position, position + batch))
+        shares = [keys[slice(*share_of(batch, rank, ranks))] for rank in range(ranks)]
+        listed.append(SharedOut(position, shares))
+    return listed
 
 
 class Share:
@@ -32,11 +85,12 @@ class Share:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         device: torch.device,
     ) -> None:
         if not 0 <= rank < ranks <= batch:
@@ -46,88 +100,107 @@ class Share:
             )
         self.stream = stream
         self.decoder = decoder
+        self.size = size
+        self.augment = augment
         self.seed = seed
         self.batch = batch
-        self.first, self.end = (batch * r // ranks for r in (rank, rank + 1))
-        self.flip = flip
+        self.first, self.end = share_of(batch, rank, ranks)
         self.device = device
+        # The thread that decodes reads too, where it has to replace what cannot be decoded.
+        self._reading = threading.Lock()
+        # Where the next batch begins if nobody goes elsewhere, and up to where all is named.
+        self._next = self._named = -1
 
-    def load(self, start: int) -> Batch:
+    def read(self, start: int) -> Undecoded:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
+        self._look_ahead(start)
+        positions = self._positions(start)
+        rows = Rows(self, positions, tolerant=not self.stream.tolerate.strict)
+        return Undecoded(rows, rows.apply(partial(self._open, rows)), positions)
+
+    def decode(self, read: Undecoded) -> Loaded:
         if self.device.type == "cuda":
             # A new thread begins on device 0, whichever device this rank has.
             torch.cuda.set_device(self.device)
-        positions = torch.arange(start + self.first, start + self.end)
-        encoded = self.stream.read(positions)
-        flip = draw_flips(positions, seed=self.seed, probability=self.flip)
-        image = self.decoder.decode(encoded.images, flip=flip, names=encoded.names)
-        parts = [image, torch.from_numpy(encoded.labels), positions]
+        image = read.rows.apply(partial(self._decode, read))
+        labels = torch.tensor([one.label for one in read.rows.samples])
+        parts = [image, labels, read.positions]
         if self.device.type == "cuda":
-            parts = [part if part.is_cuda else part.pin_memory() for part in parts]
-        return Batch(*parts)
+            parts = [
+                part if part.is_cuda or part.is_pinned() else part.pin_memory() for part in parts
+            ]
+        return Loaded(Batch(*parts), read.rows.bad)
+
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """As the stream does, for the thread that reads and for the one that decodes."""
+        with self._reading:
+            return self.stream.fetch(positions, attempts)
+
+    def _open(self, rows: Rows, chosen: Sequence[int]) -> list[Picture]:
+        return self.decoder.open(*_files(rows, chosen))
+
+    def _decode(self, read: Undecoded, chosen: Sequence[int]) -> Tensor:
+        pictures, samples = read.pictures, read.rows.samples
+        if all(pictures[row].content is samples[row].image for row in chosen):
+            pictures = [pictures[row] for row in chosen]
+        else:
+            pictures = self._open(read.rows, chosen)
+        return self.decoder.decode(pictures, self._views(pictures, read.positions[list(chosen)]))
+
+    def _views(self, pictures: Sequence[Picture], positions: Tensor) -> Views:
+        sizes = [picture.size for picture in pictures]
+        return draw_views(sizes, self.size, self.augment, seed=self.seed, positions=positions)
+
+    def _positions(self, start: int) -> Tensor:
+        return torch.arange(start + self.first, start + self.end)
+
+    def _look_ahead(self, start: int) -> None:
+        """Name what the next batches need, several at a time so that neighbours meet."""
+        with self._reading:
+            if start != self._next:
+                self.stream.forget()
+                self._named = start
+            self._next = start + self.batch
+            if start >= self._named:
+                self._named = start + LOOKAHEAD * self.batch
+                starts = range(start, self._named, self.batch)
+                self.stream.expect(torch.cat([self._positions(one) for one in starts]))
 
 
 class Ahead:
-    """A thread that loads batches from a position on: `prefetch` in the queue and one in hand."""
+    """Batches from position `start` on: up to `prefetch` read, and as many decoded, before they are
+    asked for."""
 
     def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
-        self._share = share
-        self._start = start
-        self._stopped = threading.Event()
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        self._thread.start()
-
-    @property
-    def depth(self) -> int:
-        return self._ready.qsize()
-
-    def take(self) -> Batch:
-        """The next batch; raises what loading it raised."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        starts = itertools.count(start, share.batch)
+        self.reading = Stage(lambda: share.read(next(starts)), depth=prefetch, name="reader")
+        self.decoding = Stage(
+            lambda: share.decode(self.reading.take()), depth=prefetch, name="decoder"
+        )
+        # DALI too takes itself down when the interpreter ends, after what was registered later.
+        atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        start = self._start
-        while not self._stopped.is_set():
-            item: Batch | BaseException
-            try:
-                item = self._share.load(start)
-            # Whatever it was belongs to the thread that waits for this batch.
-            except BaseException as error:  # noqa: BLE001
-                item = error
-            self._put(item)
-            if isinstance(item, BaseException):
-                return
-            start += self._share.batch
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
+        atexit.unregister(self.stop)
+        self.reading.stop()
+        self.decoding.stop()
 
 
 class Loader:
     """An endless iterator of this rank's share of each global batch.
 
-    Share of the batch of `batch` samples from position p: p + [rank * batch / ranks, (rank + 1) *
-    batch / ranks), rounded down. Reading starts with the first `next`.
+    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks).
+    Reading starts with the first `next`.
 
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
-    queue_depth: batches that were ready when it was called
+    queue_depth: batches that were decoded when it was called
+    read_depth: batches that had been read then and still were to be decoded
+    redecoded: images so far that the decoder could decode only in a second way
+    bad_samples: samples of this rank's share of the last batch that were replaced
 
-    Raises UserError from `next` for a bad sample, naming it.
+    Raises UserError from `next` for a bad sample, naming it, or for more of them than the stream
+    tolerates in an epoch.
     """
 
     def __init__(
@@ -135,11 +208,12 @@ class Loader:
         stream: Stream,
         decoder: Decoder,
         *,
+        size: Size,
+        augment: Augment,
         seed: int,
         batch: int,
         rank: int,
         ranks: int,
-        flip: float,
         prefetch: int,
         device: torch.device,
     ) -> None:
@@ -147,17 +221,23 @@ class Loader:
         self.share = Share(
             stream,
             decoder,
+            size=size,
+            augment=augment,
             seed=seed,
             batch=batch,
             rank=rank,
             ranks=ranks,
-            flip=flip,
             device=device,
         )
         self.prefetch = prefetch
         self.position = 0
         self.wait_seconds = 0.0
         self.queue_depth = 0
+        self.read_depth = 0
+        self.redecoded = 0
+        self.bad_samples = 0
+        self._budget = Budget(stream.tolerate.max_bad_fraction, stream.samples)
+        self._quarantine = Quarantine(stream.tolerate.report)
         self._ahead: Ahead | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
 
@@ -168,39 +248,45 @@ class Loader:
         began = time.perf_counter()
         if self._ahead is None:
             self._ahead = Ahead(self.share, start=self.position, prefetch=self.prefetch)
-            # Also when the loader is forgotten, and before the interpreter goes down.
+            # Also when the loader is forgotten.
             self._stop = weakref.finalize(self, self._ahead.stop)
-        self.queue_depth = self._ahead.depth
+        self.queue_depth = self._ahead.decoding.ready
+        self.read_depth = self._ahead.reading.ready
         try:
-            batch = self._ahead.take()
+            loaded = self._ahead.decoding.take()
+            # Not when it was loaded: what is never taken has not been part of the run.
+            self._quarantine.add_samples(loaded.bad)
+            self._budget.add(self.position, len(loaded.bad))
         except BaseException:
             self._stop_ahead()
             raise
         self.position += self.share.batch
+        self.redecoded = self.share.decoder.redecoded
+        self.bad_samples = len(loaded.bad)
         self.wait_seconds = time.perf_counter() - began
-        return batch
+        return loaded.batch
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks."""
-        return {
-            "position": self.position,
-            "samples": self.stream.samples,
-            "fingerprint": self.stream.fingerprint,
-        }
+        return self.stream.state_at(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; raises UserError if it belongs to another order of samples."""
-        if state["fingerprint"] != self.stream.fingerprint:
+        if state != self.stream.state_at(int(state["position"])):
+            there, here = (
+                " + ".join(str(count) for count in counts)
+                for counts in (state["samples"], self.stream.epochs)
+            )
             raise UserError(
-                f"the checkpoint was made with another stream of samples ({state['samples']} an "
-                f"epoch, here {self.stream.samples}); restore data.train, data.lanes, data.window "
-                "and seed, or start in a new run.dir"
+                f"the checkpoint was made with another stream of samples ({there} an epoch, here "
+                f"{here}); restore data.train, data.keep, data.lanes, data.window and seed, or start "
+                "in a new run.dir"
             )
         self._stop_ahead()
         self.position = int(state["position"])
 
     def close(self) -> None:
-        """Stop the thread, then close decoder and files."""
+        """Stop the threads, then close decoder and files."""
         self._stop_ahead()
         self.share.decoder.close()
         self.stream.close()
@@ -223,24 +309,61 @@ class Loader:
 
 
 def read_all(
-    pattern: str, decoder: Decoder, *, classes: int, limit: int | None, batch: int
+    patterns: Sequence[str],
+    decoder: Decoder,
+    *,
+    size: Size,
+    keep: Keep,
+    classes: int,
+    limit: int | None,
+    batch: int,
+    tolerate: Tolerance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first `limit` samples in file order, for evaluation.
 
+    keep: see `open_stream`
     batch: images decoded at a time
+    tolerate: where it allows bad samples, the next good one is taken once more; None: none
 
-    Returns images (samples, channels, image_size, image_size) in [-1, 1] and labels (samples,), on the CPU.
+    Returns images (samples, channels, *size) in [-1, 1] and labels (samples,) on CPU
     """
-    contents = Samples(pattern, classes=classes)
-    counts = np.array(contents.sizes)
-    shard = np.repeat(np.arange(len(counts)), counts)
-    sample = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tolerate = tolerate or Tolerance(0.0, None, None)
     images, labels = [], []
-    for start in range(0, len(shard) if limit is None else min(limit, len(shard)), batch):
-        part = slice(start, min(start + batch, limit or len(shard)))
-        encoded = contents.read(shard[part], sample[part])
-        flip = np.zeros(len(encoded.images), np.bool_)
-        images.append(decoder.decode(encoded.images, flip=flip, names=encoded.names).cpu())
-        labels.append(torch.from_numpy(encoded.labels))
-    contents.close()
+    left = math.inf if limit is None else limit
+    for number, pattern in enumerate(patterns):
+        tolerated = tolerate.of_set(number)
+        source = open_set(pattern, 1.0, keep=keep, classes=classes, tolerate=tolerated)
+        count = int(min(left, sum(source.sizes)))
+        for start in range(0, count, batch):
+            positions = torch.arange(start, min(start + batch, count))
+            rows = Rows(InFileOrder(source), positions, tolerant=not tolerate.strict)
+            images.append(rows.apply(partial(_decode_middle, decoder, rows, size)))
+            labels.append(torch.tensor([one.label for one in rows.samples]))
+        source.contents.close()
+        left -= count
     return torch.cat(images), torch.cat(labels)
+
+
+def _decode_middle(decoder: Decoder, rows: Rows, size: Size, chosen: Sequence[int]) -> Tensor:
+    return decode_middle(decoder, *_files(rows, chosen), size).cpu()
+
+
+def _files(rows: Rows, chosen: Sequence[int]) -> tuple[list[bytes], list[str]]:
+    """Image files and what to call them."""
+    samples = rows.samples
+    return [samples[row].image for row in chosen], [samples[row].name for row in chosen]
+
+
+class InFileOrder:
+    """Samples by their place in the shards, one after another."""
+
+    def __init__(self, source: DataSet) -> None:
+        self._source = source
+        self._ends = np.cumsum(source.sizes)
+
+    def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
+        """In the place of a bad one comes the next."""
+        place = (positions + attempts).numpy() % self._ends[-1]
+        shard = np.searchsorted(self._ends, place, side="right")
+        first = self._ends[shard] - np.asarray(self._source.sizes)[shard]
+        return self._source.contents.fetch(shard, self._source.rows(shard, place - first))

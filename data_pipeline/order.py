@@ -2,9 +2,11 @@
 
 An epoch is one pass over all `N` samples. For each epoch the shards are put in a new order and read
 as one list of N samples. That list is cut, at sample level, into `lanes` contiguous runs whose
-lengths differ by at most one; positions are dealt to the lanes in turn, and each lane shuffles its
-samples inside windows of `window`. So memory is O(shards), any position is found in the same time,
-and nothing depends on the number of ranks: a rank asks for the positions it wants.
+lengths differ by at most one, one run for each lane in an order that is new too, so that a batch
+smaller than the lanes draws from all over the list. Positions are dealt to the lanes in turn, and
+each lane shuffles its samples inside windows of `window`. So memory is O(shards), any position is
+found in the same time, and nothing depends on the number of ranks: a rank asks for the positions
+it wants.
 
 All shuffling is one function, `permute`: the swap-or-not cipher (Hoang, Morris and Rogaway 2012,
 "An enciphering scheme based on a card shuffle"), which permutes 0 .. count - 1 for any count
@@ -27,7 +29,9 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ROUND_KEYS = GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64)
 # One epoch's shard order is 16 bytes a shard; a batch touches two epochs, more if data is tiny.
 KEPT_EPOCHS = 4
-SHARDS, WINDOWS = 1, 2
+SHARDS, WINDOWS, LANES = 1, 2, 3
+# The draws that choose a sample in the place of a bad one, apart from those of the order.
+SUBSTITUTES = 0x5B57
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,20 @@ class Located:
     epoch: Int64
     shard: Int64
     sample: Int64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is drawn once an epoch.
+
+    shards: (shards,) their order
+    ends: (shards,) where each ends in the epoch's list of samples
+    starts: (lanes,) where each lane's run begins in that list
+    """
+
+    shards: Int64
+    ends: Int64
+    starts: Int64
 
 
 class Order:
@@ -60,47 +78,63 @@ class Order:
         self.seed = seed
         self.lanes = min(lanes, self.samples)
         self.window = window
+        # The first lanes hold one sample more, and they alone are dealt the last row.
+        shorter, longer = divmod(self.samples, self.lanes)
+        self._lengths = shorter + (np.arange(self.lanes) < longer)
         self._layout = lru_cache(KEPT_EPOCHS)(self._lay_out)
 
     def sample_at(self, positions: Int64) -> Located:
         """Where (positions,) places of the endless stream lie; each is found without any other."""
         epoch, within = np.divmod(np.asarray(positions, np.int64), self.samples)
-        place = self._place(epoch, within)
+        row, lane = np.divmod(within, self.lanes)
+        place = self._place_in_run(epoch, row, lane)
         shard, sample = np.empty_like(place), np.empty_like(place)
         for number in np.unique(epoch):
-            shards, ends = self._layout(int(number))
+            layout = self._layout(int(number))
             mine = epoch == number
-            turn = np.searchsorted(ends, place[mine], side="right")
-            shard[mine] = shards[turn]
-            sample[mine] = place[mine] - (ends[turn] - self.sizes[shards[turn]])
+            listed = layout.starts[lane[mine]] + place[mine]
+            turn = np.searchsorted(layout.ends, listed, side="right")
+            shard[mine] = layout.shards[turn]
+            sample[mine] = listed - (layout.ends[turn] - self.sizes[layout.shards[turn]])
         return Located(epoch, shard, sample)
 
-    def _place(self, epoch: Int64, within: Int64) -> Int64:
-        """Place in the epoch's list of samples, of each position `within` that epoch."""
-        # The first `longer` lanes hold one sample more, and they alone are dealt the last row.
-        shorter_length, longer = divmod(self.samples, self.lanes)
-        row, lane = np.divmod(within, self.lanes)
-        start = lane * shorter_length + np.minimum(lane, longer)
-        length = shorter_length + (lane < longer)
+    def others(self, positions: Int64, attempts: Int64) -> Int64:
+        """(positions,) places whose samples take the place of these at (positions,) attempts.
+
+        Attempt 0: the places themselves; any later one: any of the same epoch, drawn by seed, place
+        and attempt alone.
+        """
+        draw = fold(self.seed, SUBSTITUTES, positions, attempts) % np.uint64(self.samples)
+        other = positions - positions % self.samples + draw.astype(np.int64)
+        return np.where(attempts > 0, other, positions)
+
+    def _place_in_run(self, epoch: Int64, row: Int64, lane: Int64) -> Int64:
+        """Which sample of its run a lane reads as number `row`."""
         window, turn = np.divmod(row, self.window)
         first = window * self.window
-        count = np.minimum(length - first, self.window)
+        count = np.minimum(self._lengths[lane] - first, self.window)
         key = fold(self.seed, WINDOWS, epoch, lane, window)
-        return np.asarray(start + first + permute(turn, count, key), np.int64)
+        return first + permute(turn, count, key)
 
-    def _lay_out(self, epoch: int) -> tuple[Int64, Int64]:
-        """Shards in the order of this epoch, and where each ends in the epoch's list of samples."""
-        every = np.arange(len(self.sizes))
-        shards = permute(every, np.full_like(every, len(every)), fold(self.seed, SHARDS, epoch))
-        return shards, np.cumsum(self.sizes[shards])
+    def _lay_out(self, epoch: int) -> Layout:
+        shards = shuffled(len(self.sizes), fold(self.seed, SHARDS, epoch))
+        order = shuffled(self.lanes, fold(self.seed, LANES, epoch))
+        starts = np.empty_like(order)
+        starts[order] = np.cumsum(self._lengths[order]) - self._lengths[order]
+        return Layout(shards, np.cumsum(self.sizes[shards]), starts)
+
+
+def shuffled(count: int, key: UInt64) -> Int64:
+    """0 .. count - 1 in the order named by `key`."""
+    every = np.arange(count)
+    return permute(every, np.full_like(every, count), key)
 
 
 def permute(index: Int64, count: Int64, key: UInt64) -> Int64:
     """Where the permutation of 0 .. count - 1 named by `key` takes `index`; arrays, elementwise."""
     size = count.astype(np.uint64)
     place = index.astype(np.uint64)
-    for round_key in ROUND_KEYS:
-        word = mix(key + round_key)
+    for word in mix(np.add.outer(ROUND_KEYS, key)):
         pivot = word % size
         # In every round each place has one partner; a coin of the pair decides if they swap.
         partner = np.where(place <= pivot, pivot - place, pivot + size - place)

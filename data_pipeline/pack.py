@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.description import Shard, write_description
 from data_pipeline.index import PICKLES
 from data_pipeline.order import fold, permute
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.sources.arrays import open_digits8, open_npz
+from data_pipeline.sources.folders import FolderSource
 from data_pipeline.sources.source import Sample, Source
+from data_pipeline.sources.tables import TABLES, TableSource
+from data_pipeline.storing import sha256_of
 from flows.errors import UserError
 
 DIGITS8 = "sklearn:digits"
@@ -25,23 +29,41 @@ class Packed:
     path: Path
     samples: int
     bytes: int
+    sha256: str
 
 
-def open_source(name: str, *, label_field: str | None, caption_field: str | None) -> Source:
-    """What `flowmill data pack` reads: `x.npz`, tars by path or pattern, or `sklearn:digits`."""
+def open_source(
+    name: str, *, label_field: str | None, caption_field: str | None, image_field: str
+) -> Source:
+    """What `flowmill data pack` reads, by its name.
+
+    A folder of class folders; `x.csv`, `x.jsonl` or `x.parquet` (patterns, too); `x.npz`; tars by path
+    or pattern; or `sklearn:digits`.
+    """
     if name == DIGITS8:
         return open_digits8()
     if name.endswith(".npz"):
         return open_npz(name)
     if name.endswith(".tar"):
         return TarSource(name, label_field=label_field, caption_field=caption_field)
-    raise UserError(f"{name}: cannot be packed; give an .npz file, .tar shards or {DIGITS8}")
+    if name.endswith(TABLES):
+        return TableSource(
+            name, image_field=image_field, label_field=label_field, caption_field=caption_field
+        )
+    if Path(name).is_dir():
+        return FolderSource(Path(name), label_field=label_field, caption_field=caption_field)
+    raise UserError(
+        f"{name}: cannot be packed; give a folder of images, a table ({', '.join(TABLES)}), an .npz "
+        f"file, .tar shards or {DIGITS8}"
+    )
 
 
 def pack(
     source: Source, folder: Path, *, per_shard: int, heldout: int, shuffle: int | None
 ) -> list[Packed]:
     """Write `train-000000.tar`, ... and, from the last `heldout` samples, `heldout-000000.tar`, ...
+
+    Beside them, `dataset.json` with their checksums and what the source says of itself.
 
     shuffle: a seed to shuffle all samples by first; None: as the source has them
 
@@ -65,6 +87,11 @@ def pack(
         for turn, start in enumerate(range(0, len(part), per_shard)):
             path = folder / f"{split}-{turn:06d}.tar"
             written.append(_write_shard(path, source, part[start : start + per_shard]))
+    shards = {
+        one.path.name: Shard(samples=one.samples, bytes=one.bytes, sha256=one.sha256)
+        for one in written
+    }
+    write_description(str(folder), source.about.model_copy(update={"shards": shards}))
     return written
 
 
@@ -74,14 +101,15 @@ def _write_shard(path: Path, source: Source, numbers: Sequence[int]) -> Packed:
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
             for number in numbers:
-                _add(archive, source[number])
+                add(archive, source[number])
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return Packed(path, len(numbers), path.stat().st_size)
+    return Packed(path, len(numbers), path.stat().st_size, sha256_of(str(path)))
 
 
-def _add(archive: tarfile.TarFile, sample: Sample) -> None:
+def add(archive: tarfile.TarFile, sample: Sample) -> None:
+    """Append a sample; the same sample gives the same bytes."""
     for extension in sorted(sample.members):
         if extension.rpartition(".")[2] in PICKLES:
             raise UserError(f"sample {sample.key}: .{extension} is a pickle and is not packed")

@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.index import IMAGES, ShardIndex, open_index
+from data_pipeline.catalog import Summary
+from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
+from data_pipeline.index import IMAGES, ShardIndex
+from data_pipeline.indexes import Indexes
 from data_pipeline.reader import Range, RangeReader
-from data_pipeline.shards import expand, short_names
+from data_pipeline.shards import address, find, search, short_names
+from data_pipeline.storage import resolve
 from flows.errors import UserError
 
 Int64 = NDArray[np.int64]
 
 LABEL = "cls"
-# An index is some 50 bytes a sample; a lane stays in one shard for long, so few are in use.
-KEPT_INDEXES = 512
+# What a sample consists of: one member of each kind.
+MEMBERS = (("image", IMAGES), ("label", (LABEL,)))
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,24 @@ class Samples:
     """Every sample of the shards that a pattern names.
 
     urls, names, sizes: address, short name and number of samples of each shard
+    past: the same, as a run that begins now has to remember it, with the shards left out
     classes: labels are below this; None: any label that is not negative
+    tolerate: which faults are left for later, or left out; None: none
 
     Raises UserError if a shard is missing or unsafe, or a sample lacks its image or label.
     """
 
-    def __init__(self, pattern: str, *, classes: int | None) -> None:
-        self.urls = expand(pattern)
-        self.names = short_names(self.urls)
+    def __init__(
+        self, pattern: str, *, classes: int | None, tolerate: Tolerance | None = None
+    ) -> None:
         self.classes = classes
-        self._index = lru_cache(KEPT_INDEXES)(open_checked)
-        self.sizes = tuple(len(self._index(url)) for url in self.urls)
+        self.tolerate = tolerate
+        strict = tolerate is None or tolerate.strict
+        self._open(pattern, strict)
         self._reader = RangeReader()
+        if strict:
+            for url in self.urls:
+                self._check(url)
         if sum(self.sizes) == 0:
             raise UserError(f"{pattern}: the shards hold no samples; pack some images into them")
 
@@ -58,56 +67,169 @@ class Samples:
     def keys(self, shard: Int64, sample: Int64) -> list[str]:
         """`SHARD/KEY` of each sample, the same wherever the data set lies."""
         return [
-            f"{self.names[s]}/{self._index(self.urls[s]).keys[n]}"
+            f"{self.names[s]}/{self._indexes[self.urls[s]].keys[n]}"
             for s, n in zip(shard.tolist(), sample.tolist(), strict=True)
         ]
 
     def read(self, shard: Int64, sample: Int64) -> Encoded:
         """(batch,) samples, in the order asked for.
 
-        Raises UserError for a label that is no integer or not below `classes`.
+        Raises UserError for the first that cannot be read, or whose label is no class.
         """
-        names: list[str] = []
-        ranges: list[Range] = []
-        for s, n in zip(shard.tolist(), sample.tolist(), strict=True):
-            index = self._index(self.urls[s])
-            names.append(f"{index.url}: sample {index.keys[n]}")
-            ranges += [member_range(index, n, IMAGES), member_range(index, n, (LABEL,))]
-        contents = self._reader.read(ranges)
-        labels = [
-            parse_label(text, name, self.classes)
-            for text, name in zip(contents[1::2], names, strict=True)
+        return whole(self.fetch(shard, sample))
+
+    def fetch(self, shard: Int64, sample: Int64) -> list[Found | BadSample]:
+        """(batch,) samples, in the order asked for; in the place of a bad one, what is wrong."""
+        places = [self._place(s, n) for s, n in zip(shard.tolist(), sample.tolist(), strict=True)]
+        ranges = [part for place in places if isinstance(place, _Place) for part in place.members]
+        contents = iter(self._reader.fetch(ranges))
+        return [
+            place
+            if isinstance(place, BadSample)
+            else self._compose(place, [next(contents) for _ in place.members])
+            for place in places
         ]
-        return Encoded(names, contents[::2], np.array(labels, np.int64))
+
+    def index(self, url: str) -> ShardIndex:
+        """Where the samples of one of the shards lie; raises UserError if it has gone or changed."""
+        return self._indexes[url]
+
+    def expect(self, shard: Int64, sample: Int64) -> None:
+        """Name samples that will be asked for soon."""
+        remote = [not resolve(self.urls[number]).local for number in shard.tolist()]
+        shard, sample = shard[remote], sample[remote]
+        self._indexes.load([self.urls[number] for number in np.unique(shard).tolist()])
+        places = [self._place(s, n) for s, n in zip(shard.tolist(), sample.tolist(), strict=True)]
+        self._reader.expect(
+            part for place in places if isinstance(place, _Place) for part in place.members
+        )
+
+    def forget(self) -> None:
+        """What was expected will not be asked for."""
+        self._reader.forget()
 
     def close(self) -> None:
         self._reader.close()
 
+    def _open(self, pattern: str, strict: bool) -> None:
+        """Decide which shards there are."""
+        found, missing = (find(pattern), []) if strict else search(pattern)
+        self._indexes = Indexes(found)
+        known: dict[str, Summary | UserError] = dict(self._indexes.summaries)
+        for name in missing:
+            known[address(name)] = UserError(f"{name}: there is no shard at that place")
+        begun = (self.tolerate.past if self.tolerate else None) or []
+        # Where the data lie elsewhere by now, all addresses are others and the names alone count.
+        if any(shard.url in known for shard in begun):
+            for shard in begun:
+                gone = UserError(f"{shard.url}: there is no shard at that place any more")
+                known.setdefault(shard.url, gone)
+        urls = tuple(sorted(known))
+        names = dict(zip(urls, short_names(urls), strict=True))
+        past = {shard.name: shard for shard in begun}
+        self.past = [_settle(names[url], url, known[url], past.get(names[url])) for url in urls]
+        if strict:
+            for shard in self.past:
+                _refuse(shard, known[shard.url])
+        present = [shard for shard in self.past if shard.left_out is None]
+        self._check_share(pattern, len(self.past) - len(present))
+        self.urls = tuple(shard.url for shard in present)
+        self.names = tuple(shard.name for shard in present)
+        self.sizes = tuple(shard.samples for shard in present)
+        self._indexes.samples = dict(zip(self.urls, self.sizes, strict=True))
 
-def open_checked(url: str) -> ShardIndex:
-    """The index of a shard, every sample of which has one image and a label."""
-    index = open_index(url)
-    for what, extensions in (("image", IMAGES), ("label", (LABEL,))):
-        columns = [c for e in extensions if (c := index.column(e)) is not None]
-        count = (index.offsets[:, columns] >= 0).sum(axis=1)
-        if (wrong := np.flatnonzero(count != 1)).size:
-            key, number = index.keys[wrong[0]], int(count[wrong[0]])
-            named = " or ".join(f".{extension}" for extension in extensions)
+    def _check_share(self, pattern: str, left_out: int) -> None:
+        fraction = self.tolerate.max_bad_fraction if self.tolerate else 0.0
+        if left_out > fraction * len(self.past):
+            first = next(shard for shard in self.past if shard.left_out is not None)
             raise UserError(
-                f"{url}: sample {key} has {number or 'no'} {what} members ({named}) and needs "
-                "exactly one; pack the shard again"
+                f"{pattern}: {left_out} of {len(self.past)} shards cannot be used, and "
+                f"data.max_bad_fraction = {fraction:g} allows {int(fraction * len(self.past))}; the first: "
+                f"{first.left_out}"
             )
-    return index
+
+    def _check(self, url: str) -> None:
+        """Refuse a shard with a sample that lacks a member; the shard is looked into only if it may."""
+        summary = self._indexes.summaries[url]
+        if isinstance(summary, UserError):
+            raise summary
+        kinds = [sum(e in summary.extensions for e in extensions) for _, extensions in MEMBERS]
+        if (summary.uniform and set(kinds) == {1}) or summary.samples == 0:
+            return
+        index = self._indexes[url]
+        for what, extensions in MEMBERS:
+            columns = [c for e in extensions if (c := index.column(e)) is not None]
+            count = (index.offsets[:, columns] >= 0).sum(axis=1)
+            if (wrong := np.flatnonzero(count != 1)).size:
+                raise _incomplete(index, int(wrong[0]), what, extensions, int(count[wrong[0]]))
+
+    def _place(self, shard: int, sample: int) -> "_Place | BadSample":
+        url = self.urls[shard]
+        try:
+            index = self._indexes[url]
+        except UserError as error:
+            return BadSample(str(error), url=url, key=None)
+        try:
+            members = [_member(index, sample, what, extensions) for what, extensions in MEMBERS]
+        except BadSample as error:
+            return error
+        return _Place(url, str(index.keys[sample]), members)
+
+    def _compose(self, place: "_Place", contents: Sequence[bytes | UserError]) -> Found | BadSample:
+        image, text = contents
+        for content in contents:
+            if isinstance(content, UserError):
+                return BadSample(str(content), url=place.url, key=place.key)
+        assert isinstance(image, bytes)
+        assert isinstance(text, bytes)
+        try:
+            label = parse_label(text, f"{place.url}: sample {place.key}", self.classes)
+        except UserError as error:
+            return BadSample(str(error), url=place.url, key=place.key)
+        return Found(place.url, place.key, image, label)
+
+
+def whole(samples: Sequence[Found | BadSample]) -> Encoded:
+    """Samples none of which may be bad; raises the first that is."""
+    found: list[Found] = []
+    for one in samples:
+        if isinstance(one, BadSample):
+            raise one
+        found.append(one)
+    labels = np.array([one.label for one in found], np.int64)
+    return Encoded([one.name for one in found], [one.image for one in found], labels)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the members of a sample lie."""
+
+    url: str
+    key: str
+    members: list[Range]
 
 
 def member_range(index: ShardIndex, sample: int, extensions: Sequence[str]) -> Range:
-    """Where the sample's one member with one of these extensions lies."""
-    for extension in extensions:
-        column = index.column(extension)
-        if column is not None and index.offsets[sample, column] >= 0:
-            offset, size = index.offsets[sample, column], index.sizes[sample, column]
-            return Range(index.url, int(offset), int(size))
-    raise KeyError(f"{index.url}: sample {index.keys[sample]} has none of {extensions}")
+    """Where the sample's one member with one of these extensions lies; raises KeyError without one."""
+    columns = _columns(index, sample, extensions)
+    if len(columns) != 1:
+        raise KeyError(f"{index.url}: sample {index.keys[sample]} has not one of {extensions}")
+    offset, size = index.offsets[sample, columns[0]], index.sizes[sample, columns[0]]
+    return Range(index.url, int(offset), int(size))
+
+
+def _member(index: ShardIndex, sample: int, what: str, extensions: Sequence[str]) -> Range:
+    """As `member_range`; raises BadSample, which calls such a member `what`, without one."""
+    try:
+        return member_range(index, sample, extensions)
+    except KeyError:
+        count = len(_columns(index, sample, extensions))
+        raise _incomplete(index, sample, what, extensions, count) from None
+
+
+def _columns(index: ShardIndex, sample: int, extensions: Sequence[str]) -> list[int]:
+    columns = [c for e in extensions if (c := index.column(e)) is not None]
+    return [c for c in columns if index.offsets[sample, c] >= 0]
 
 
 def parse_label(text: bytes, name: str, classes: int | None) -> int:
@@ -122,3 +244,35 @@ def parse_label(text: bytes, name: str, classes: int | None) -> int:
         allowed = "not be negative" if classes is None else f"lie in 0 .. {classes - 1}"
         raise UserError(f"{name}: label {label} must {allowed}; raise data.classes or relabel it")
     return label
+
+
+def _settle(name: str, url: str, found: Summary | UserError, past: PastShard | None) -> PastShard:
+    """A shard's part in the order: the one it had when the run began, else what is found now."""
+    if past is not None:
+        return PastShard(name, url, past.samples, past.left_out)
+    if isinstance(found, UserError):
+        return PastShard(name, url, 0, str(found))
+    return PastShard(name, url, found.samples, None)
+
+
+def _refuse(shard: PastShard, found: Summary | UserError) -> None:
+    if isinstance(found, UserError):
+        raise found
+    if shard.left_out is not None:
+        raise UserError(
+            f"{shard.url}: was left out when this run began ({shard.left_out}); set "
+            "data.max_bad_fraction as it was, or start in a new run.dir"
+        )
+
+
+def _incomplete(
+    index: ShardIndex, sample: int, what: str, extensions: Sequence[str], count: int
+) -> BadSample:
+    key = str(index.keys[sample])
+    named = " or ".join(f".{extension}" for extension in extensions)
+    return BadSample(
+        f"{index.url}: sample {key} has {count or 'no'} {what} members ({named}) and needs "
+        "exactly one; pack the shard again",
+        url=index.url,
+        key=key,
+    )

@@ -1,28 +1,37 @@
 """Which shards a pattern names: braces and globs, on any storage, and the embedded data sets."""
 
+import glob
 import itertools
-from functools import lru_cache
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from stat import S_ISDIR
+from typing import NamedTuple
 
-import fsspec
 from braceexpand import braceexpand
 
+from data_pipeline.storage import Facts, access, call, describe, facts_of, patiently, resolve
 from flows.errors import UserError
 
 EMBEDDED = "embedded:"
+# From so many named shards of a folder on, it is quicker to list the folder than to ask for each.
+LISTED_FROM = 16
+# Web servers have no listing to rely on.
+UNLISTED = frozenset({"http", "https"})
 
 
-class Place(NamedTuple):
-    """Where a URL leads: an fsspec file system and a path in it.
+class Shard(NamedTuple):
+    """A shard as its storage tells of it.
 
-    local: the path is a plain file of this machine
+    url: its address
+    facts: its size and change mark
     """
 
-    storage: Any
-    path: str
-    local: bool
+    url: str
+    facts: Facts
 
 
 def embedded_folder() -> Path:
@@ -31,43 +40,128 @@ def embedded_folder() -> Path:
 
 
 def expand(pattern: str) -> tuple[str, ...]:
-    """Every shard that `pattern` names, sorted, each once.
+    """Every shard that `pattern` names, sorted, each once; see `find`."""
+    return tuple(shard.url for shard in find(pattern))
+
+
+def find(pattern: str) -> tuple[Shard, ...]:
+    """Every shard that `pattern` names, sorted by address, each once.
 
     `{000000..000003}` and `{a,b}` name shards that must exist; `*`, `?` and `[...]` match those
     that do. `embedded:digits28/train-*.tar` looks among the data sets that come with the package.
 
     Raises UserError if a named shard is missing or nothing matches.
     """
+    found, missing = search(pattern)
+    if missing:
+        what = "no shard" if missing[0] == pattern else f"no shard {missing[0]}"
+        raise UserError(f"{pattern}: there is {what} at that place; check the path and the pattern")
+    return found
+
+
+def search(pattern: str) -> tuple[tuple[Shard, ...], list[str]]:
+    """The shards that are there, sorted by address, and the names that lead to none."""
     try:
-        names = list(braceexpand(pattern))
+        names = list(dict.fromkeys(braceexpand(pattern)))
     except ValueError as error:
         raise UserError(
             f"{pattern}: braces that do not pair; write {{00..07}} or {{a,b}}"
         ) from error
-    found: set[str] = set()
-    for name in names:
-        found.update(_match(name, pattern))
-    return tuple(sorted(found))
-
-
-def _match(name: str, pattern: str) -> list[str]:
-    url = locate_embedded(name)
-    place = resolve(url)
+    found: dict[str, Shard] = {}
+    missing: list[str] = []
     try:
-        if any(mark in url for mark in "*?["):
-            paths = place.storage.glob(place.path)
-        else:
-            paths = [place.path] if place.storage.exists(place.path) else []
+        for name, shards in _search_all(names):
+            found.update((shard.url, shard) for shard in shards)
+            missing += [] if shards else [name]
     except OSError as error:
         raise UserError(
-            f"{pattern}: cannot be listed ({error}); check address and rights"
+            f"{pattern}: cannot be listed ({describe(error)}); check address and rights"
         ) from error
-    if not paths:
-        what = "no shard" if name == pattern else f"no shard {name}"
-        raise UserError(f"{pattern}: there is {what} at that place; check the path and the pattern")
+    return tuple(found[url] for url in sorted(found)), sorted(missing)
+
+
+def _search_all(names: list[str]) -> Iterator[tuple[str, list[Shard]]]:
+    """Each name with the shards it leads to."""
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if any(mark in name for mark in "*?["):
+            yield name, _match(locate_embedded(name))
+        else:
+            folders[folder_of(name)].append(name)
+    for plain in folders.values():
+        # All lie in the folder of the first, so its address tells theirs.
+        folder = folder_of(address(plain[0]))
+        for name, known in zip(plain, _look_for(plain), strict=True):
+            url = f"{folder}/{name.rpartition('/')[2]}"
+            yield name, [] if known is None else [Shard(url, known)]
+
+
+def _match(url: str) -> list[Shard]:
+    place = resolve(url)
     if place.local:
-        return [str(path) for path in paths]
-    return [place.storage.unstrip_protocol(path) for path in paths]
+        found = ((path, _stat(path)) for path in glob.iglob(place.path, recursive=True))  # noqa: PTH207
+        return [Shard(path, known) for path, known in found if known is not None]
+    matches = patiently(lambda: call(place.storage, "glob", place.path, detail=True))
+    return [
+        Shard(_address_of(url, path), facts_of(info))
+        for path, info in matches.items()
+        if info["type"] != "directory"
+    ]
+
+
+def address(name: str) -> str:
+    """The full address of a shard that is named without a pattern."""
+    url = locate_embedded(name)
+    return _address_of(url, resolve(url).path)
+
+
+def _address_of(url: str, path: str) -> str:
+    """The full address of a path on the storage that `url` lies on."""
+    place = resolve(url)
+    # fsspec forgets the `simplecache::` of `simplecache::s3://bucket/x` on the way back.
+    chain = url[: url.rfind("::") + 2] if "::" in url else ""
+    return path if place.local else chain + str(place.storage.unstrip_protocol(path))
+
+
+def _look_for(names: list[str]) -> Iterable[Facts | None]:
+    """The facts of shards of one folder, None for those that are not there: from its listing if they are
+    many, else one by one."""
+    place = resolve(locate_embedded(names[0]))
+    if place.local:
+        folder = folder_of(place.path)
+        return [_stat(f"{folder}/{name.rpartition('/')[2]}") for name in names]
+    protocols = place.storage.protocol
+    unlisted = UNLISTED & ({protocols} if isinstance(protocols, str) else set(protocols))
+    if len(names) < LISTED_FROM or unlisted:
+        with ThreadPoolExecutor(access().requests) as pool:
+            return list(pool.map(_look, names))
+    folder = folder_of(place.path)
+    try:
+        listing = patiently(lambda: call(place.storage, "ls", folder, detail=True))
+    except FileNotFoundError:
+        return [None] * len(names)
+    known = {info["name"]: facts_of(info) for info in listing if info["type"] != "directory"}
+    return [known.get(f"{folder}/{name.rpartition('/')[2]}") for name in names]
+
+
+def _look(name: str) -> Facts | None:
+    """The facts of one remote file, None if it is not there."""
+    place = resolve(name)
+    try:
+        return facts_of(patiently(lambda: call(place.storage, "info", place.path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _stat(path: str) -> Facts | None:
+    """The facts of a local file, None if it is not there. Raises UserError for a folder."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a hundred thousand of them in a moment
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if S_ISDIR(status.st_mode):
+        raise UserError(f"{path} is a folder; name the shards in it, as in {path}/*.tar")
+    return Facts(status.st_size, str(status.st_mtime))
 
 
 def locate_embedded(name: str) -> str:
@@ -80,17 +174,6 @@ def locate_embedded(name: str) -> str:
     return str(embedded_folder() / inside)
 
 
-@lru_cache(4096)
-def resolve(url: str) -> Place:
-    """The storage a URL lives on; raises UserError if no driver for it is installed."""
-    try:
-        storage, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: no storage driver serves this address ({error})") from error
-    protocols = (storage.protocol,) if isinstance(storage.protocol, str) else storage.protocol
-    return Place(storage, path, "file" in protocols)
-
-
 def short_names(urls: tuple[str, ...]) -> tuple[str, ...]:
     """Shards by their path below the deepest folder that all share, without `.tar`.
 
@@ -100,3 +183,8 @@ def short_names(urls: tuple[str, ...]) -> tuple[str, ...]:
     levels = zip(*(part[:-1] for part in parts), strict=False)
     shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     return tuple("/".join(part[shared:]).removesuffix(".tar") for part in parts)
+
+
+def folder_of(url: str) -> str:
+    """The folder a shard lies in; empty for a file named without one."""
+    return url.rpartition("/")[0]

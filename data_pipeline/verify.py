@@ -1,36 +1,64 @@
 """Every sample of some shards looked at: what they hold, and all that is wrong with them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.decode.pillow import load
-from data_pipeline.samples import Encoded, Samples
+from data_pipeline.decode.images import load, read_picture
+from data_pipeline.description import Description, folder_of, read_description
+from data_pipeline.index import IMAGE_FILES, LATENT
+from data_pipeline.latents import POOLED, TEXT, read_array
+from data_pipeline.moments import Moments
+from data_pipeline.samples import LABEL, parse_label
 from data_pipeline.shards import expand
+from data_pipeline.sources.archives import TarSource
+from data_pipeline.sources.source import Sample
+from data_pipeline.storing import sha256_of
 from flows.errors import UserError
 
 # Tiles a side, and pixels a tile: what one looks at to see whether these are the right images.
 GRID, TILE, GAP = 12, 64, 2
+READ_AT_ONCE = 64
+CAPTION = "txt"
+# Latents within this many deviations of their mean get colours of their own.
+SPREAD = 2.0
 
 
 @dataclass
 class Report:
     """What some shards hold.
 
-    labels: class -> samples; sizes: "MODE WIDTHxHEIGHT" -> images; bytes: of the image files alone
+    checksums: shards whose sha256 is the one in their `dataset.json`
+    bytes: of the image files alone; captions: samples with one
+    labels: class -> samples; sizes: "MODE WIDTHxHEIGHT" -> images
+    shorter_sides: power of two that the shorter side of an image reaches -> images
+    moments: image mode, or member of numbers -> mean and deviation of each channel; of images, in
+        [-1, 1]; of embeddings, of all their numbers together
     problems: one sentence each; a bad shard is not looked into further
     """
 
     shards: int = 0
+    checksums: int = 0
     samples: int = 0
     bytes: int = 0
+    captions: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
+    shorter_sides: Counter[int] = field(default_factory=Counter)
+    moments: defaultdict[str, Moments] = field(default_factory=lambda: defaultdict(Moments))
     problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        moments = {name: {"mean": m.mean, "std": m.std} for name, m in self.moments.items()}
+        return {**vars(self), "moments": moments}
 
 
 def verify(pattern: str, *, classes: int | None) -> Report:
@@ -40,65 +68,166 @@ def verify(pattern: str, *, classes: int | None) -> Report:
     """
     report = Report()
     seen: dict[str, str] = {}
+    describe = lru_cache(1)(lambda folder: read_description(folder) or Description())
     for url in expand(pattern):
         report.shards += 1
         try:
-            contents = Samples(url, classes=classes)
+            about = describe(folder_of(url))
+            source = open_shard(url)
         except UserError as error:
             report.problems.append(str(error))
             continue
-        _note_duplicates(contents, seen, report)
-        for encoded in _one_by_one(contents, report):
-            _note(encoded, report)
-        contents.close()
+        _check_sum(url, about, len(source), report)
+        for sample in _samples(source, url, report):
+            if sample.key in seen:
+                # A key in two shards is one sample trained on twice.
+                other = seen[sample.key]
+                report.problems.append(f"{url}: sample {sample.key} is also in {other}; remove one")
+            seen[sample.key] = url
+            _look(sample, f"{url}: sample {sample.key}", about, classes, report)
+        source.reader.close()
     return report
 
 
-def _note_duplicates(contents: Samples, seen: dict[str, str], report: Report) -> None:
-    """A key in two shards is one sample trained on twice; within a shard keys are unique."""
-    count = contents.sizes[0]
-    url = contents.urls[0]
-    for name in contents.keys(np.zeros(count, np.int64), np.arange(count)):
-        key = name.removeprefix(f"{contents.names[0]}/")
-        if key in seen:
-            report.problems.append(f"{url}: sample {key} is also in {seen[key]}; remove one")
-        seen[key] = url
+def open_shard(pattern: str) -> TarSource:
+    return TarSource(pattern, label_field=None, caption_field=None)
 
 
-def _one_by_one(contents: Samples, report: Report) -> Iterator[Encoded]:
-    for number in range(len(contents)):
-        report.samples += 1
+def _check_sum(url: str, about: Description, samples: int, report: Report) -> None:
+    known = about.shards.get(url.rpartition("/")[2])
+    if known is None:
+        return
+    if known.sha256 != sha256_of(url):
+        report.problems.append(
+            f"{url}: its content is not what dataset.json says (sha256); copy or make it again"
+        )
+    elif known.samples != samples:
+        report.problems.append(
+            f"{url}: has {samples} samples and dataset.json says {known.samples}; make it again"
+        )
+    else:
+        report.checksums += 1
+
+
+def _samples(source: TarSource, url: str, report: Report) -> Iterator[Sample]:
+    for start in range(0, len(source), READ_AT_ONCE):
+        part = range(start, min(start + READ_AT_ONCE, len(source)))
         try:
-            yield contents.read(np.zeros(1, np.int64), np.array([number]))
+            yield from source.read(part)
+        except UserError as error:
+            report.problems.append(f"{url}: samples {part.start} to {part.stop - 1}: {error}")
+
+
+def _look(
+    sample: Sample, name: str, about: Description, classes: int | None, report: Report
+) -> None:
+    """Everything in one sample, each problem noted."""
+    report.samples += 1
+    images = [extension for extension in sample.members if extension in IMAGE_FILES]
+    report.bytes += sum(len(sample.members[extension]) for extension in images)
+    count = len(images) + (LATENT in sample.members)
+    if count != 1:
+        report.problems.append(
+            f"{name} has {count or 'no'} image members and needs exactly one; pack the shard again"
+        )
+    for check in (_look_at_label, _look_at_caption, _look_at_images, _look_at_arrays):
+        try:
+            check(sample, name, about, classes, report)
         except UserError as error:
             report.problems.append(str(error))
 
 
-def _note(encoded: Encoded, report: Report) -> None:
-    report.labels.update(encoded.labels.tolist())
-    report.bytes += len(encoded.images[0])
-    try:
-        image = load(encoded.images[0], encoded.names[0])
-    except UserError as error:
-        report.problems.append(str(error))
+def _look_at_label(
+    sample: Sample, name: str, _about: Description, classes: int | None, report: Report
+) -> None:
+    if LABEL not in sample.members:
+        raise UserError(f"{name} has no label member (.{LABEL}); pack the shard again")
+    report.labels[parse_label(sample.members[LABEL], name, classes)] += 1
+
+
+def _look_at_caption(
+    sample: Sample, name: str, _about: Description, _classes: int | None, report: Report
+) -> None:
+    if CAPTION not in sample.members:
         return
-    report.sizes[f"{image.mode} {image.width}x{image.height}"] += 1
+    report.captions += 1
+    try:
+        sample.members[CAPTION].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: its caption is not UTF-8 ({error}); correct it") from error
+
+
+def _look_at_images(
+    sample: Sample, name: str, _about: Description, _classes: int | None, report: Report
+) -> None:
+    for extension in IMAGE_FILES:
+        if extension not in sample.members:
+            continue
+        image = load(read_picture(sample.members[extension], name))
+        report.sizes[f"{image.mode} {image.width}x{image.height}"] += 1
+        report.shorter_sides[1 << (min(image.size).bit_length() - 1)] += 1
+        pixels = np.asarray(image, np.float64).reshape(image.height, image.width, -1)
+        report.moments[image.mode].add(pixels.transpose(2, 0, 1)[None] / 127.5 - 1)
+
+
+def _look_at_arrays(
+    sample: Sample, name: str, about: Description, _classes: int | None, report: Report
+) -> None:
+    for member in (LATENT, TEXT, POOLED):
+        if member not in sample.members:
+            continue
+        values = read_array(sample.members[member], f"{name}: {member}")
+        if not np.isfinite(values).all():
+            raise UserError(f"{name}: {member} has numbers that are not finite; encode it again")
+        if not _fits(member, values.shape, about):
+            raise UserError(
+                f"{name}: {member} has shape {values.shape}, which dataset.json does not describe; "
+                "encode its shard again"
+            )
+        channels = values[None] if member == LATENT else values.reshape(1, 1, -1)
+        report.moments[member].add(channels)
+
+
+def _fits(member: str, shape: tuple[int, ...], about: Description) -> bool:
+    """Whether an array is of the shape that the description of its folder says."""
+    latents, texts = about.latents, about.texts
+    if member == LATENT:
+        return latents is not None and shape == latents.shape
+    if texts is None or len(shape) == 0:
+        return False
+    if member == POOLED:
+        return shape == (texts.pooled,)
+    return len(shape) == 2 and 1 <= shape[0] <= texts.max_tokens and shape[1] == texts.width
 
 
 def draw_grid(pattern: str, path: Path) -> None:
-    """A picture of samples, evenly spaced through the shards."""
-    contents = Samples(pattern, classes=None)
-    shown = min(len(contents), GRID * GRID)
-    starts = np.cumsum((0, *contents.sizes))
-    places = np.arange(shown) * len(contents) // shown
-    shard = np.searchsorted(starts, places, side="right") - 1
-    encoded = contents.read(shard, places - starts[shard])
-    contents.close()
+    """A picture of samples, evenly spaced through the shards; latents in colours of no meaning."""
+    source = open_shard(pattern)
+    shown = min(len(source), GRID * GRID)
+    numbers = (np.arange(shown) * len(source) // max(shown, 1)).tolist()
+    samples = source.read(numbers)
+    source.reader.close()
     step = TILE + GAP
     side = (min(shown, GRID) * step + GAP, -(-shown // GRID) * step + GAP)
     grid = Image.new("RGB", side, "white")
-    for number, (content, name) in enumerate(zip(encoded.images, encoded.names, strict=True)):
-        tile = load(content, name).convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
+    for number, sample in enumerate(samples):
+        tile = _tile(sample).convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
         row, column = divmod(number, GRID)
         grid.paste(tile, (GAP + column * step, GAP + row * step))
     grid.save(path)
+
+
+def _tile(sample: Sample) -> Image.Image:
+    for extension in IMAGE_FILES:
+        if extension in sample.members:
+            return load(read_picture(sample.members[extension], sample.key))
+    return _false_colours(read_array(sample.members[LATENT], sample.key))
+
+
+def _false_colours(latent: NDArray[np.floating]) -> Image.Image:
+    """The first three channels as red, green and blue, each spread over its range."""
+    colours = np.resize(latent.astype(np.float64), (3, *latent.shape[1:]))
+    mean, std = (f(colours, axis=(1, 2), keepdims=True) for f in (np.mean, np.std))
+    spread = (colours - mean) / np.maximum(std, 1e-9) / SPREAD
+    pixels = ((spread.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))

@@ -91,6 +91,18 @@ def as_rank() -> Iterator[None]:
         ) from error
 
 
+def place_from_launcher() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of ranks). Raises UserError if they do not fit."""
+    world_size = world_size_from_launcher()
+    places = [os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")]
+    if not all(text.isdecimal() and int(text) < world_size for text in places):
+        raise UserError(
+            f"RANK = {places[0]!r} and LOCAL_RANK = {places[1]!r} are no places among WORLD_SIZE = "
+            f"{world_size} ranks; start with torchrun or --ranks."
+        )
+    return int(places[0]), int(places[1]), world_size
+
+
 def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     """Run `flowmill <arguments>` as `ranks` local processes; the exit code of the first to fail, or STOPPED.
 

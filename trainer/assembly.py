@@ -1,9 +1,12 @@
 """From a recipe to the parts of a run. Everything that can be wrong is refused here, before any rank."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
 from flows.errors import UserError
 from flows.models.dit import DiT, DiTConfig
@@ -12,14 +15,18 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
+from trainer.checkpoints.store import latest_whole
+from trainer.latents import check_latents
 from trainer.recipe import Recipe
+from trainer.run_folder import RunFolder
+from trainer.storage import reach_storage
 
 
 @dataclass(frozen=True)
 class Plan:
     """A recipe that passed every check at a given number of ranks."""
 
-    recipe: Recipe
+    recipe: Recipe  # its length in steps, whatever unit it was given in
     layout: Layout
     model: DiTConfig
     stream: Stream
@@ -50,7 +57,29 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_config(recipe)
     with torch.device("meta"):
         DiT(model)
-    return Plan(recipe, layout, model, training_stream(recipe))
+    stream = training_stream(recipe)
+    check_latents(recipe, stream.urls)
+    return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
+
+
+def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:
+    """`recipe` with its length in optimizer steps.
+
+    samples: how many each data set has in an epoch
+
+    Raises UserError for epochs of several data sets.
+    """
+    train = recipe.train
+    if train.steps:
+        return recipe
+    if train.epochs and len(samples) > 1:
+        raise UserError(
+            f"train.epochs = {train.epochs:g} has no meaning for a mixture, where each data set has "
+            "epochs of its own; give train.samples or train.steps."
+        )
+    length = train.samples or math.ceil(train.epochs * samples[0])
+    in_units = {"steps": -(-length // train.batch), "samples": 0, "epochs": 0.0}
+    return recipe.model_copy(update={"train": train.model_copy(update=in_units)})
 
 
 def model_config(recipe: Recipe) -> DiTConfig:
@@ -70,10 +99,19 @@ def model_config(recipe: Recipe) -> DiTConfig:
 
 
 def training_stream(recipe: Recipe) -> Stream:
-    """The endless global order of the training shards."""
-    data = recipe.data
+    """The endless global order of the training shards; of those a run began with, when it goes on."""
+    data, run = recipe.data, RunFolder(Path(recipe.run.dir))
+    begun = latest_whole(run.checkpoints) is not None
+    past = read_past(run.shards) if begun else None
+    reach_storage(recipe)
     return open_stream(
-        data.train, classes=data.classes, seed=recipe.seed, lanes=data.lanes, window=data.window
+        data.sources,
+        keep=data.keep,
+        classes=data.classes,
+        seed=recipe.seed,
+        lanes=data.lanes,
+        window=data.window,
+        tolerate=Tolerance(data.max_bad_fraction, run.quarantine, past),
     )
 
 

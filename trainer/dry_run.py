@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.faults import Tolerance
 from data_pipeline.samples import Samples
 from flows.errors import UserError
 from flows.models.dit import DiT, parameter_count, train_flops
@@ -34,6 +35,7 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
     Writes nothing but the shards' index files.
     """
     made = plan(recipe, world_size)
+    recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     if place:
         check_place(run)
@@ -73,11 +75,20 @@ def _layout_checks(made: Plan) -> list[Check]:
 
 def _data_checks(made: Plan) -> list[Check]:
     stream, train = made.stream, made.recipe.train
-    epochs = train.steps * train.batch / stream.samples
-    found = f"{len(stream.contents.names)} shards, {stream.samples:,} samples, {epochs:.1f} epochs"
-    checks = [Check("shards", found)]
-    if made.recipe.data.heldout is not None:
-        heldout = Samples(made.recipe.data.heldout, classes=made.recipe.data.classes)
+    taken = stream.order.mixture.taken(train.steps * train.batch)
+    checks = [
+        Check(
+            "shards" if len(taken) == 1 else f"shards of {url}",
+            f"{len(one.sizes)} shards, {samples:,} samples, {count / samples:.1f} epochs",
+        )
+        for (url, _), one, samples, count in zip(
+            made.recipe.data.sources, stream.sets, stream.epochs, taken, strict=True
+        )
+    ]
+    data = made.recipe.data
+    if data.heldout is not None:
+        tolerate = Tolerance(data.max_bad_fraction, None, None)
+        heldout = Samples(data.heldout, classes=data.classes, tolerate=tolerate)
         checks.append(Check("held out", f"{len(heldout.urls)} shards, {len(heldout):,} samples"))
         heldout.close()
     return checks

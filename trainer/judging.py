@@ -1,15 +1,21 @@
 """The newest checkpoint of a run, judged against real images."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.faults import PastShard, Tolerance, read_past
 from data_pipeline.loader import read_all
+from data_pipeline.shards import search
 from flows.errors import UserError
+from parallel.processes import choose_device
 from trainer.evaluation import Evaluation, evaluate
+from trainer.latents import open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.sampling import Samples, sample_checkpoint
+from trainer.storage import reach_storage
 
 DECODED_AT_ONCE = 256
 
@@ -25,24 +31,34 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             "give it data.heldout=SHARDS."
         )
     samples = sample_checkpoint(run, recipe, count)
-    train, heldout = (
-        _images(recipe, shards) for shards in (recipe.data.train, recipe.data.heldout)
-    )
+    reach_storage(recipe)
+    train = _images(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
+    heldout = _images(recipe, [recipe.data.heldout], None)
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
-def _images(recipe: Recipe, shards: str) -> tuple[Tensor, Tensor]:
-    """All images and labels of `shards`, decoded as the training decodes them."""
+def _images(
+    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
+) -> tuple[Tensor, Tensor]:
+    """All images and labels of `shards`, decoded as the training decodes them.
+
+    past: the shards as the training began with them
+    """
     data = recipe.data
-    decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=torch.device("cpu"),
-    )
+    urls = [shard.url for pattern in shards for shard in search(pattern)[0]]
+    decoder = open_reader(recipe, urls, torch.device("cpu"))
     try:
-        return read_all(shards, decoder, classes=data.classes, limit=None, batch=DECODED_AT_ONCE)
+        images, labels = read_all(
+            shards,
+            decoder,
+            size=(data.image_size, data.image_size),
+            keep=data.keep,
+            classes=data.classes,
+            limit=None,
+            batch=DECODED_AT_ONCE,
+            tolerate=Tolerance(data.max_bad_fraction, None, past),
+        )
     finally:
         decoder.close()
+    return to_images(recipe, images, choose_device("auto", 0)), labels

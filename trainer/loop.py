@@ -87,10 +87,13 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
         norm=norm,
         skip=skip,
         stop=stop,
+        bad=loader.bad_samples,
         host={
             "lr": rate,
             "data_wait_seconds": loader.wait_seconds,
             "queue_depth": loader.queue_depth,
+            "read_depth": loader.read_depth,
+            "redecoded": loader.redecoded,
             "seconds": clock.take(),
         },
         sum_over_data=engine.sum_over_data,

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -40,7 +40,8 @@ _MUST = {
 def refusals(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """(dotted name, sentence) of each key of a `model` that was refused; "" is the whole."""
     for item in error.errors(include_url=False):
-        location = list(item["loc"])
+        # Which kind a value was taken for, in brackets, is no part of its name.
+        location = [part for part in item["loc"] if not str(part).startswith("(")]
         keys = [part for part in location if isinstance(part, str)]
         yield ".".join(keys), _sentence(model, item["type"], location, item)
 
@@ -92,8 +93,15 @@ def _at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
     """The section at a place, or None where a value is."""
     found: Any = model
     for part in location:
-        found = found.model_fields[part].annotation
+        found = _item(found) if isinstance(part, int) else found.model_fields[part].annotation
     return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def _item(kind: Any) -> type[BaseModel] | None:
+    """The section that the items of a list are, if they are any."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next((section for part in get_args(kind) if (section := _item(part))), None)
 
 
 def _keys(section: type[BaseModel] | None) -> list[str]:
@@ -111,10 +119,12 @@ def _leaves(model: type[BaseModel], inside: tuple[str, ...] = ()) -> Iterator[st
 
 
 def _named(location: list[Any]) -> str:
-    """`section.key`, or `value 2 of section.key`."""
+    """`section.key`, `value 2 of section.key`, or `key of value 2 of section`."""
     *keys, last = location or [""]
     if isinstance(last, int):
         return f"value {last + 1} of {_named(keys)}"
+    if any(isinstance(part, int) for part in keys):
+        return f"{last} of {_named(keys)}"
     return ".".join([*keys, last])
 
 

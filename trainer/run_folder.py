@@ -17,8 +17,8 @@ from trainer.yaml_text import read_yaml
 # What decides the science of a run, by key or by section: a resume that changed one of these would be
 # another run. Where the shards lie does not: the checkpoint knows which samples they hold.
 FIXED = (
-    "seed", "data.image_size", "data.channels", "data.classes", "data.flip",
-    "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
+    "seed", "data.keep", "data.image_size", "data.channels", "data.classes", "data.augment",
+    "data.latents", "data.lanes", "data.window", "model", "objective", "train.batch", "train.ema",
 )  # fmt: skip
 
 
@@ -35,6 +35,16 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """Bad samples and shards, a line each."""
+        return self.root / "quarantine.jsonl"
+
+    @property
+    def shards(self) -> Path:
+        """The shards the run began with."""
+        return self.root / "shards.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.augment import Augment
+from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
+from flows.errors import UserError
 from flows.models.dit import DiT, train_flops
 from parallel.clock import Clock
 from parallel.engines.native import NativeEngine, OptimizerFactory
@@ -29,6 +33,7 @@ from trainer import tracking
 from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
+from trainer.latents import open_reader
 from trainer.loop import Parts, checkpoint_tensors, train
 from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe, write_recipe
@@ -56,6 +61,7 @@ def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome
     Raises UserError for whatever a person can set right.
     """
     made = plan(recipe, world_size)
+    recipe = made.recipe
     run = RunFolder(Path(recipe.run.dir))
     changed = check_resume(run, recipe)
     ranks = start("auto", recipe.parallel.timeout_seconds)
@@ -80,11 +86,13 @@ def _train_rank(
         stack.enter_context(locked(run))
     parts = assemble(made, run, ranks, Quiet())
     stack.callback(parts.loader.close)
+    _agree(made, ranks)
     first = _restore(parts)
     if ranks.is_first:
         report = stack.enter_context(_reporting(run, recipe, ranks, progress, first))
         report.resume(first)
         parts = replace(parts, report=report)
+        _remember(made, run, report)
     parts.report.note(_start_line(made, run, ranks))
     if first:
         parts.report.note(f"resuming {run.root} from step {first}")
@@ -130,6 +138,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         flops=train_flops(made.model),
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
+        budget=Budget(recipe.data.max_bad_fraction, made.stream.samples),
         device=ranks.device,
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
@@ -142,21 +151,16 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
 def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
-    decoder = open_decoder(
-        data.decoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        threads=data.threads,
-        device=device,
-    )
+    decoder = open_reader(made.recipe, made.stream.urls, device)
     return Loader(
         made.stream,
         decoder,
+        size=(data.image_size, data.image_size),
+        augment=Augment(**data.augment.model_dump()),
         seed=made.recipe.seed,
         batch=made.recipe.train.batch,
         rank=rank,
         ranks=ranks,
-        flip=data.flip,
         prefetch=data.prefetch,
         device=device,
     )
@@ -171,6 +175,27 @@ def _optimizer_factory(recipe: Recipe) -> OptimizerFactory:
         eps=section.eps,
         weight_decay=section.weight_decay,
     )
+
+
+def _agree(made: Plan, ranks: Ranks) -> None:
+    """Raises UserError, on every rank, where they do not all see the same shards."""
+    seen: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(seen, made.stream.fingerprint)
+    if other := next((rank for rank, mark in enumerate(seen) if mark != seen[0]), None):
+        raise UserError(
+            f"rank {other} sees other shards in data.train = {made.recipe.data.train} than rank 0; make them "
+            "the same on all machines, or repair what one of them cannot index, and start again"
+        )
+
+
+def _remember(made: Plan, run: RunFolder, report: Quiet) -> None:
+    """Write down the shards that this run has, so that a resume has the same, and those left out."""
+    past = made.stream.past
+    write_past(run.shards, past)
+    left_out = [shard for shard in past if shard.left_out is not None]
+    Quarantine(run.quarantine).add_shards(left_out)
+    if left_out:
+        report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
 
 
 def _restore(parts: Parts) -> int:

@@ -14,6 +14,7 @@ from parallel.processes import choose_device
 from trainer.assembly import build_objective, model_config
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
+from trainer.latents import to_images
 from trainer.recipe import Recipe, override_recipe
 from trainer.run_folder import RunFolder
 
@@ -69,7 +70,7 @@ def draw_samples(
             null_label=objective.null_label,
             **section.model_dump(exclude={"every", "count"}),
         )
-        images.append(drawn.sample.cpu())
+        images.append(to_images(recipe, drawn.sample, device))
         calls = max(calls, drawn.network_calls)
     return Samples(torch.cat(images), labels.cpu(), calls)
 
@@ -109,11 +110,14 @@ def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """`recipe` with another seed, held-out shards or `sample.*` values; the rest belongs to the training."""
+    """`recipe` with another seed, held-out shards, place of its autoencoder or `sample.*` values.
+
+    The rest belongs to the training.
+    """
     for override in overrides:
-        if not override.startswith(("sample.", "seed=", "data.heldout=")):
+        if not override.startswith(("sample.", "seed=", "data.heldout=", "data.autoencoder=")):
             raise UserError(
                 f"command line: {override!r} would change the training, which is over; change "
-                "sample.*, seed or data.heldout alone."
+                "sample.*, seed, data.heldout or data.autoencoder alone."
             )
     return override_recipe(recipe, overrides)

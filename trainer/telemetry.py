@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.faults import Budget
 from flows.errors import UserError
 from parallel.engines.engine import StepResult
 from trainer.meters import Reading, Readout, mfu, peak_bf16_flops
@@ -27,12 +28,24 @@ class Telemetry:
     """
 
     def __init__(
-        self, *, batch: int, flops: int, world_size: int, max_skipped: int, device: torch.device
+        self,
+        *,
+        batch: int,
+        flops: int,
+        world_size: int,
+        max_skipped: int,
+        budget: Budget,
+        device: torch.device,
     ) -> None:
-        """flops: of forward and backward of one sample; max_skipped: steps in a row that may be skipped"""
+        """
+        flops: of forward and backward of one sample
+        max_skipped: steps in a row that may be skipped
+        budget: bad samples that may be replaced
+        """
         self.stop_agreed = False
         self.skipped = 0
         self._in_a_row, self._max_skipped = 0, max_skipped
+        self.budget = budget
         self._batch, self._flops, self._world_size = batch, flops, world_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._peak = peak_bf16_flops(name)
@@ -49,13 +62,17 @@ class Telemetry:
         norm: Tensor,
         skip: Tensor,
         stop: bool,
+        bad: int,
         host: dict[str, Any],
         sum_over_data: Callable[[Tensor], Tensor],
     ) -> None:
-        """Send the numbers of step `step` (from 0) on their way; `host` are those that are here already."""
+        """Send the numbers of step `step` (from 0) on their way; `host` are those that are here already.
+
+        bad: samples of this rank's share that were replaced
+        """
         loss = result.loss
         flags = torch.stack(
-            [loss.sum(), loss.new_full((), len(loss)), loss.new_full((), float(stop))]
+            [loss.sum(), *(loss.new_full((), float(n)) for n in (len(loss), stop, bad))]
         )
         sums = sum_over_data(torch.cat([flags, *_by_time(result)]))
         ready = self._readout.put(step, {"sums": sums, "grad_norm": norm, "skip": skip})
@@ -80,14 +97,16 @@ class Telemetry:
         self._last = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "bad_samples": self.budget.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = int(state["skipped"])
+        self.budget.load_state_dict(state["bad_samples"])
 
     def _line(self, reading: Reading) -> dict[str, Any]:
-        loss, samples, stop, *by_time = reading.rows["sums"]
+        loss, samples, stop, bad, *by_time = reading.rows["sums"]
         self.stop_agreed = self.stop_agreed or stop > 0
+        self.budget.add(reading.step * self._batch, int(bad))
         self._count_skips(reading.step, reading.scalars["skip"] > 0)
         host = self._host.pop(reading.step)
         rate = self._batch / host["step_seconds"]
@@ -100,6 +119,7 @@ class Telemetry:
             **host,
             "mfu": mfu(self._flops, rate, self._peak, self._world_size),
             "skipped": self.skipped,
+            "bad_samples": self.budget.total,
             "loss_by_time": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
         }
 

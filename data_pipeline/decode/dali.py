@@ -1,137 +1,208 @@
-"""Decoding with DALI: on the GPU where there is one, else with its CPU operators."""
+"""Decoding with DALI: on the GPU where there is one, else with its CPU decoders.
 
+What is random reaches DALI as numbers, an image at a time: it draws none itself. On the CPU DALI
+decodes the regions that are seen and `finish` does the rest; on a GPU DALI does all of it there.
+
+Only plain images go to DALI. The others (see `Picture`), and those on which DALI fails, are decoded
+by pillow into the same batch, so what comes out does not depend on the decoder. A pipeline that met
+a bad image is dead and does not say which it was: then each image is tried alone.
+"""
+
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from data_pipeline.decode.images import open_image, scale
-from data_pipeline.decode.pillow import load
-from flows.errors import UserError
+from data_pipeline.augment import Views
+from data_pipeline.decode.finish import HALF, finish
+from data_pipeline.decode.images import BadImages, Picture, read_pictures
+from data_pipeline.decode.pillow import PillowDecoder
+
+
+class DaliDecoder:
+    """See `Decoder`; the batch lies on `device`.
+
+    redecoded: images that DALI could not decode and pillow could
+    """
+
+    name = "dali"
+
+    def __init__(self, *, channels: int, threads: int, device: torch.device) -> None:
+        self.channels = channels
+        self.threads = threads
+        self.device = device
+        self.redecoded = 0
+        self._on_gpu = device.type == "cuda"
+        self._pillow = PillowDecoder(channels=channels, threads=threads, pinned=self._on_gpu)
+        self._pipeline: Any = None
+        self._largest = 0
+        # Copies out of DALI's memory do not queue behind the training step's work.
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+
+    def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        return read_pictures(contents, names)
+
+    def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
+        mine = [place for place, picture in enumerate(pictures) if self._takes(picture)]
+        with torch.cuda.stream(self._stream):
+            batch = self._empty((len(pictures), self.channels, *views.size))
+            failed = self._fill(batch, pictures, views, mine)
+            others = sorted({*range(len(pictures))}.difference(mine).union(failed))
+            if others:
+                self._fill_with_pillow(batch, pictures, views, others)
+        self._note(pictures, failed)
+        if self._stream is not None:
+            batch.record_stream(torch.cuda.default_stream(self.device))
+        return batch
+
+    def close(self) -> None:
+        self._pipeline = None
+        self._pillow.close()
+
+    def _takes(self, picture: Picture) -> bool:
+        # DALI would take the brightness of coloured JPEGs as it is stored, which rounds otherwise.
+        return picture.plain and (self.channels == 3 or picture.mode == "L")
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        if self._on_gpu:
+            return torch.empty(shape, device=self.device)
+        return self._pillow.buffers.take(shape)
+
+    def _fill(
+        self, batch: Tensor, pictures: Sequence[Picture], views: Views, places: Sequence[int]
+    ) -> list[int]:
+        """Decode the pictures at `places` into their rows; returns those that DALI cannot decode."""
+        if not places:
+            return []
+        try:
+            decoded = self._run([pictures[place].content for place in places], views[places])
+        except RuntimeError:
+            self._pipeline = None
+            if len(places) == 1:
+                return list(places)
+            return [failed for p in places for failed in self._fill(batch, pictures, views, [p])]
+        if self._on_gpu:
+            self._place(batch, places, from_dlpack(decoded.as_tensor()))
+            return []
+        rows = batch.numpy()
+
+        def work(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                place = places[number]
+                flip = bool(views.flip[place])
+                finish(np.asarray(decoded[number]), flip=flip, row=rows[place])
+
+        self._pillow.share(work, range(len(places)))
+        return []
+
+    def _fill_with_pillow(
+        self, batch: Tensor, pictures: Sequence[Picture], views: Views, places: Sequence[int]
+    ) -> None:
+        if not self._on_gpu:
+            self._pillow.fill(batch, pictures, views, places)
+            return
+        try:
+            part = self._pillow.decode([pictures[place] for place in places], views[places])
+        except BadImages as error:
+            raise BadImages({places[n]: bad for n, bad in error.errors.items()}) from None
+        self._place(batch, places, part.to(self.device, non_blocking=True))
+
+    def _place(self, batch: Tensor, places: Sequence[int], part: Tensor) -> None:
+        """Copy rows into a batch on the GPU, out of memory that is used again afterwards."""
+        batch[torch.tensor(places, device=self.device)] = part
+        # This waits in the loader's thread, not in the step.
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _note(self, pictures: Sequence[Picture], failed: Sequence[int]) -> None:
+        if failed and not self.redecoded:
+            warnings.warn(
+                f"{pictures[failed[0]].name}: DALI cannot decode its image and pillow can, as it "
+                "did now and will for any other; data.decoder = pillow never tries DALI",
+                stacklevel=2,
+            )
+        self.redecoded += len(failed)
+
+    def _run(self, contents: Sequence[bytes], views: Views) -> Any:
+        """What DALI makes of some images; raises RuntimeError if it fails on any of them."""
+        pipeline = self._pipeline_for(len(contents))
+        # DALI reads these where they lie, until `run` returns.
+        encoded = [np.frombuffer(content, np.uint8) for content in contents]
+        pipeline.feed_input("encoded", encoded)
+        pipeline.feed_input("start", np.ascontiguousarray(views.region[:, :2]))
+        pipeline.feed_input("shape", np.ascontiguousarray(views.region[:, 2:]))
+        if self._on_gpu:
+            size = np.array([views.size], np.float32)
+            pipeline.feed_input("size", size.repeat(len(contents), 0))
+            pipeline.feed_input("flip", views.flip.astype(np.int32))
+        (decoded,) = pipeline.run()
+        return decoded
+
+    def _pipeline_for(self, batch: int) -> Any:
+        """A pipeline for at most as many images as the largest batch so far."""
+        if self._pipeline is None or batch > self._largest:
+            self._largest = max(batch, self._largest)
+            self._pipeline = build_pipeline(
+                self.device, batch=self._largest, channels=self.channels, threads=self.threads
+            )
+        return self._pipeline
+
+
+def build_pipeline(device: torch.device, *, batch: int, channels: int, threads: int) -> Any:
+    """Regions of images: (height, width, channels) uint8 on the CPU; on a GPU resized, mirrored,
+    normalised (channels, height, width) float32."""
+    on_gpu = device.type == "cuda"
+    # The loader runs ahead in a thread of its own; DALI needs no queue.
+    pipeline = Pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=_device_id(device),
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        # What each decoder reads of EXIF may differ: pictures that need turning do not come here.
+        image = fn.decoders.image_slice(
+            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True),
+            start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
+            shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+            axes=[0, 1],
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB if channels == 3 else types.GRAY,
+            adjust_orientation=False,
+            # As libjpeg spreads chroma on the CPU.
+            jpeg_fancy_upsampling=True,
+            # Ranks of a node do not pin their threads to the same cores.
+            affine=False,
+        )
+        pipeline.set_outputs(_finish_on_gpu(image, channels) if on_gpu else image)
+    pipeline.build()
+    return pipeline
+
+
+def _finish_on_gpu(image: Any, channels: int) -> Any:
+    """What `finish` does, to within rounding: of DALI's filters the triangle is the same."""
+    image = fn.resize(
+        image,
+        size=fn.external_source(name="size", dtype=types.FLOAT, ndim=1),
+        interp_type=types.INTERP_TRIANGULAR,
+        subpixel_scale=False,
+    )
+    return fn.crop_mirror_normalize(
+        image,
+        mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0),
+        mean=[float(HALF)] * channels,
+        std=[float(HALF)] * channels,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+    )
 
 
 def _device_id(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-class DaliDecoder:
-    """See `Decoder`; the batch lies on `device`."""
-
-    name = "dali"
-
-    def __init__(
-        self, *, image_size: int, channels: int, threads: int, device: torch.device
-    ) -> None:
-        self.image_size = image_size
-        self.channels = channels
-        self.threads = threads
-        self.device = device
-        self._pipeline: Any = None
-        self._largest = 0
-
-    def decode(
-        self, encoded: Sequence[bytes], *, flip: NDArray[np.bool_], names: Sequence[str]
-    ) -> Tensor:
-        # DALI reads more kinds of image than pillow does alike, and would drop transparency.
-        for content, name in zip(encoded, names, strict=True):
-            open_image(content, name)
-        try:
-            return self._run(encoded, flip)
-        except RuntimeError as error:
-            raise self._culprit(encoded, names) from error
-
-    def close(self) -> None:
-        self._pipeline = None
-
-    def _run(self, encoded: Sequence[bytes], flip: NDArray[np.bool_]) -> Tensor:
-        pipeline = self._pipeline_for(len(encoded))
-        pipeline.feed_input("encoded", [np.frombuffer(content, np.uint8) for content in encoded])
-        pipeline.feed_input("flip", list(flip.astype(np.int32)))
-        try:
-            (pixels,) = pipeline.run()
-        except RuntimeError:
-            # A pipeline that met a bad image is dead.
-            self.close()
-            raise
-        return self._to_torch(pixels)
-
-    def _pipeline_for(self, batch: int) -> Any:
-        """A pipeline for at most as many images as the largest batch so far."""
-        if self._pipeline is None or batch > self._largest:
-            self._largest = max(batch, self._largest)
-            self._pipeline = self._build(self._largest)
-        return self._pipeline
-
-    def _build(self, batch: int) -> Any:
-        on_gpu = self.device.type == "cuda"
-        # The loader runs ahead in its own thread; DALI needs no queues of its own.
-        pipeline = Pipeline(
-            batch_size=batch,
-            num_threads=self.threads,
-            device_id=_device_id(self.device),
-            prefetch_queue_depth=1,
-            exec_async=False,
-            exec_pipelined=False,
-        )
-        with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-            image = fn.decoders.image(
-                encoded,
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB if self.channels == 3 else types.GRAY,
-            )
-            # Of DALI's filters the triangular one is nearest to pillow's bilinear.
-            image = fn.resize(
-                image,
-                resize_shorter=self.image_size,
-                subpixel_scale=False,
-                interp_type=types.INTERP_TRIANGULAR,
-            )
-            image = fn.crop_mirror_normalize(
-                image,
-                crop=(self.image_size, self.image_size),
-                rounding="truncate",
-                mirror=flip,
-                dtype=types.UINT8,
-                output_layout="CHW",
-            )
-            pipeline.set_outputs(image)
-        pipeline.build()
-        return pipeline
-
-    def _to_torch(self, pixels: Any) -> Tensor:
-        if self.device.type != "cuda":
-            return scale(torch.from_numpy(pixels.as_array()))
-        image = scale(from_dlpack(pixels.as_tensor()))
-        # DALI writes its next batch over these pixels: the copy has to be made by then. This waits
-        # in the loader's thread, not in the step.
-        torch.cuda.current_stream(self.device).synchronize()
-        return image
-
-    def _culprit(self, encoded: Sequence[bytes], names: Sequence[str]) -> UserError:
-        """Which image DALI could not read: it does not say, so each is tried alone."""
-        for content, name in zip(encoded, names, strict=True):
-            try:
-                self._run([content], np.zeros(1, np.bool_))
-            except RuntimeError:
-                # pillow says in a few words what is wrong with it, if it finds it wrong too.
-                try:
-                    load(content, name)
-                except UserError as named:
-                    return named
-                return UserError(
-                    f"{name}: DALI cannot decode its image, though pillow can; replace it, or set "
-                    "data.decoder = pillow"
-                )
-        return UserError(
-            f"{names[0]}: DALI failed on the batch that begins with this sample and on none of its "
-            "images alone; set data.decoder = pillow"
-        )

@@ -1,16 +1,21 @@
-"""Decoding with pillow, on any machine: a few threads, as pillow frees the interpreter while it
-works."""
+"""Decoding with pillow, on any machine and any kind of image; a few threads, as pillow frees the
+interpreter while it works.
 
-from collections.abc import Sequence
+JPEG is always decoded in full: pillow's `draft`, which decodes to a half or a quarter of the size,
+is faster and differs from the full size resized by tens of levels.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from data_pipeline.decode.images import DAMAGE, damaged, open_image, scale
+from data_pipeline.augment import Views
+from data_pipeline.decode.finish import Buffers, Pixels, finish
+from data_pipeline.decode.images import PLAIN, BadImages, Picture, load, read_pictures
+from flows.errors import UserError
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 
@@ -19,45 +24,78 @@ class PillowDecoder:
     """See `Decoder`; the batch lies on the CPU."""
 
     name = "pillow"
+    redecoded = 0
 
-    def __init__(self, *, image_size: int, channels: int, threads: int) -> None:
-        self.image_size = image_size
+    def __init__(self, *, channels: int, threads: int, pinned: bool) -> None:
+        """pinned: batches lie in memory that a CUDA device copies from without waiting"""
         self.channels = channels
+        self.threads = threads
+        self.buffers = Buffers(pinned=pinned)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def decode(
-        self, encoded: Sequence[bytes], *, flip: NDArray[np.bool_], names: Sequence[str]
-    ) -> Tensor:
-        pixels = np.stack(list(self._pool.map(self._decode_one, encoded, flip.tolist(), names)))
-        return scale(torch.from_numpy(pixels))
+    def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
+        return read_pictures(contents, names)
+
+    def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
+        batch = self.buffers.take((len(pictures), self.channels, *views.size))
+        self.fill(batch, pictures, views, range(len(pictures)))
+        return batch
+
+    def fill(
+        self, batch: Tensor, pictures: Sequence[Picture], views: Views, places: Sequence[int]
+    ) -> None:
+        """Decode the pictures at `places` into their rows of a batch; raises BadImages."""
+        rows = batch.numpy()
+        errors: dict[int, UserError] = {}
+
+        def work(places: Iterable[int]) -> None:
+            for place in places:
+                try:
+                    pixels = decode_region(
+                        pictures[place], views.region[place].tolist(), self.channels
+                    )
+                except UserError as error:
+                    errors[place] = error
+                else:
+                    finish(pixels, flip=bool(views.flip[place]), row=rows[place])
+
+        self.share(work, places)
+        if errors:
+            raise BadImages(errors)
+
+    def share(self, work: Callable[[Sequence[int]], None], places: Sequence[int]) -> None:
+        """Do some work on `places`, dealt out to the threads."""
+        parts = [places[thread :: self.threads] for thread in range(self.threads)]
+        # Going through the results raises what a thread raised.
+        list(self._pool.map(work, [part for part in parts if part]))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _decode_one(self, encoded: bytes, flip: bool, name: str) -> NDArray[np.uint8]:
-        """(channels, image_size, image_size)"""
-        image = load(encoded, name).convert(MODE_OF_CHANNELS[self.channels])
-        pixels = np.asarray(centre_square(image, self.image_size))
-        pixels = pixels.reshape(self.image_size, self.image_size, self.channels)
-        return (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
+
+def decode_region(picture: Picture, region: Sequence[int], channels: int) -> Pixels:
+    """(height, width, channels) of what is seen; raises UserError if the image is damaged.
+
+    region: top, left, height, width in the upright image
+    """
+    top, left, height, width = region
+    image = load(picture)
+    if (height, width) != picture.size:
+        image = image.crop((left, top, left + width, top + height))
+    image = to_plain(image)
+    if image.mode != (mode := MODE_OF_CHANNELS[channels]):
+        image = image.convert(mode)
+    return np.array(image).reshape(height, width, channels)
 
 
-def load(encoded: bytes, name: str) -> Image.Image:
-    """The whole image, upright; raises UserError if any of it is damaged."""
-    image = open_image(encoded, name)
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except DAMAGE as error:
-        raise damaged(name, len(encoded), error) from error
-
-
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to `size`, antialiased, and the middle of the longer one kept."""
-    width, height = image.size
-    if min(width, height) != size:
-        shorter = min(width, height)
-        width, height = (int(side * size / shorter + 0.5) for side in (width, height))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+def to_plain(image: Image.Image) -> Image.Image:
+    """Eight bits of grey or RGB: the high bytes of sixteen bits, and what is clear upon white."""
+    clear = image.info.get("transparency")
+    if image.mode == "I;16":
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        return Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey))
+    if image.mode in ("LA", "RGBA") or clear is not None:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode in PLAIN else image.convert("RGB")

@@ -2,9 +2,11 @@
 
 import json
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from data_pipeline.index import open_index
+from data_pipeline.description import Description, folder_of, read_description
+from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import expand
 from data_pipeline.sources.source import Sample
@@ -23,20 +25,37 @@ class TarSource:
         fields = {"cls": label_field, "txt": caption_field}
         self.fields = {extension: field for extension, field in fields.items() if field}
         self.reader = RangeReader()
+        known = read_description(folder_of(self.indexes[0].url)) or Description()
+        names = () if label_field else known.class_names
+        self.about = known.model_copy(update={"class_names": names, "shards": {}})
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, number: int) -> Sample:
-        shard = bisect_right(self.ends, number)
-        index = self.indexes[shard]
-        row = number - (self.ends[shard - 1] if shard else 0)
-        present = [c for c in range(len(index.extensions)) if index.offsets[row, c] >= 0]
-        places = [
-            Range(index.url, int(index.offsets[row, c]), int(index.sizes[row, c])) for c in present
-        ]
-        names = [index.extensions[c] for c in present]
-        members = dict(zip(names, self.reader.read(places), strict=True))
+        return self.read([number])[0]
+
+    def read(self, numbers: Sequence[int]) -> list[Sample]:
+        """Several samples at once: one round of requests where shards lie on remote storage."""
+        places: list[Range] = []
+        rows: list[tuple[ShardIndex, int, list[int]]] = []
+        for number in numbers:
+            shard = bisect_right(self.ends, number)
+            index = self.indexes[shard]
+            row = number - (self.ends[shard - 1] if shard else 0)
+            present = [c for c in range(len(index.extensions)) if index.offsets[row, c] >= 0]
+            places += [
+                Range(index.url, int(index.offsets[row, c]), int(index.sizes[row, c]))
+                for c in present
+            ]
+            rows.append((index, row, present))
+        contents = iter(self.reader.read(places))
+        return [self._sample(index, row, present, contents) for index, row, present in rows]
+
+    def _sample(
+        self, index: ShardIndex, row: int, present: list[int], contents: Iterator[bytes]
+    ) -> Sample:
+        members = {index.extensions[c]: next(contents) for c in present}
         key = str(index.keys[row])
         if self.fields:
             members |= self._from_json(members, f"{index.url}: sample {key}")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.description import Description
 from data_pipeline.sources.source import Sample
 from flows.errors import UserError
 
@@ -25,6 +26,7 @@ class ArraySource:
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
         self.images = images
         self.labels = labels
+        self.about = Description()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.errors import UserError
+from launch.commands.encode import encode
 from launch.commands.sample import check_picture
 
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
 
-app = typer.Typer(help="Pack, index and verify WebDataset shards.", no_args_is_help=True)
+app = typer.Typer(help="Pack, index, encode and verify WebDataset shards.", no_args_is_help=True)
+app.command()(encode)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Pattern = Annotated[
@@ -23,12 +26,18 @@ Pattern = Annotated[
 ]
 # A damaged data set can have a problem a sample; the rest is in --json.
 SHOWN_PROBLEMS = 20
+SHOWN_SIZES = 12
+BAR = 24  # characters of the longest bar of a histogram
 
 
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="x.npz (arrays images, labels), shards x-*.tar, or sklearn:digits")
+        str,
+        typer.Argument(
+            help="A folder of class folders, a table (.csv, .jsonl, .parquet), x.npz (arrays images, "
+            "labels), shards x-*.tar, or sklearn:digits."
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="Where train-*.tar and heldout-*.tar go.")],
     per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 10_000,
@@ -37,17 +46,28 @@ def pack(
         int | None, typer.Option(min=0, help="Shuffle all samples first, by this seed.")
     ] = None,
     label_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its class.")
+        str | None,
+        typer.Option(help="Column of the table, or field of each sample's .json, with its class."),
     ] = None,
     caption_field: Annotated[
-        str | None, typer.Option(help="Field of each sample's .json that holds its caption.")
+        str | None,
+        typer.Option(
+            help="Column of the table, or field of each sample's .json, with its caption."
+        ),
     ] = None,
+    image_field: Annotated[
+        str, typer.Option(help="Column of a table with image bytes or paths.")
+    ] = "image",
     as_json: Json = False,
 ) -> None:
     """Write images into shards; the same source gives the same bytes."""
     from data_pipeline import pack as packer
+    from trainer.storage import reach_plain_storage
 
-    samples = packer.open_source(source, label_field=label_field, caption_field=caption_field)
+    reach_plain_storage()
+    samples = packer.open_source(
+        source, label_field=label_field, caption_field=caption_field, image_field=image_field
+    )
     try:
         written = packer.pack(
             samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle
@@ -68,18 +88,28 @@ def pack(
 
 @app.command()
 def index(pattern: Pattern, as_json: Json = False) -> None:
-    """Store where every sample lies, beside each shard, so that no run has to look for itself."""
-    from data_pipeline.index import write_index
-    from data_pipeline.shards import expand
+    """Store where every sample lies, in one file beside the shards, so that no run has to look for itself.
 
-    places = {url: write_index(url) for url in expand(pattern)}
+    Only new and changed shards are read. Exit code 1 if some could not be indexed.
+    """
+    from data_pipeline.indexes import update_catalogs
+    from trainer.storage import reach_plain_storage
+
+    reach_plain_storage()
+    updated = update_catalogs(pattern)
     if as_json:
-        _print_json(places)
-        return
-    table = Table("shard", "index", title=f"{len(places)} indexes")
-    for url, place in places.items():
-        table.add_row(url, place)
-    Console().print(table)
+        _print_json(asdict(updated))
+    else:
+        table = Table("what", "value", title=pattern)
+        for file in updated.files:
+            table.add_row("index", file)
+        table.add_row("shards indexed now", f"{updated.made:,}")
+        table.add_row("indexed already", f"{updated.kept:,}")
+        table.add_row("problems", f"{len(updated.problems):,}")
+        Console().print(table)
+        _print_problems(updated.problems)
+    if updated.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -95,12 +125,14 @@ def verify(
 ) -> None:
     """Decode every sample; exit code 1 if anything is wrong with any."""
     from data_pipeline import verify as verifier
+    from trainer.storage import reach_plain_storage
 
     if picture is not None:
         check_picture("--picture", picture)
+    reach_plain_storage()
     report = verifier.verify(pattern, classes=classes)
     if as_json:
-        _print_json(vars(report))
+        _print_json(report.to_dict())
     else:
         _print_report(pattern, report)
     if picture is not None and not report.problems:
@@ -109,24 +141,74 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def order(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    start: Annotated[int, typer.Option("--from", min=0, help="Samples taken before.")] = 0,
+    batches: Annotated[int, typer.Option(min=1, help="Global batches to list.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that read different samples.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Which samples each global batch holds, and which rank reads them; nothing is decoded."""
+    from data_pipeline.loader import list_shares
+    from trainer.assembly import training_stream
+    from trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    batch = loaded.train.batch
+    if batch % ranks:
+        raise UserError(
+            f"train.batch = {batch} does not divide over --ranks {ranks}; give a divisor of it."
+        )
+    stream = training_stream(loaded)
+    listed = list_shares(stream, start=start, batches=batches, batch=batch, ranks=ranks)
+    stream.close()
+    if as_json:
+        _print_json([asdict(one) for one in listed])
+        return
+    table = Table("position", "rank", "samples", title=f"{recipe}: batches of {batch}")
+    for one in listed:
+        for rank, keys in enumerate(one.ranks):
+            table.add_row("" if rank else f"{one.position:,}", str(rank), Text(" ".join(keys)))
+        table.add_section()
+    Console().print(table)
+
+
 def _print_report(pattern: str, report: "Report") -> None:
     console = Console()
     table = Table("what", "value", title=pattern)
     table.add_row("shards", f"{report.shards:,}")
+    table.add_row("checksums as in dataset.json", f"{report.checksums:,}")
     table.add_row("samples", f"{report.samples:,}")
+    table.add_row("captions", f"{report.captions:,}")
     table.add_row("image bytes", f"{report.bytes:,}")
-    for size, count in report.sizes.most_common():
+    for size, count in report.sizes.most_common(SHOWN_SIZES):
         table.add_row(f"images {size}", f"{count:,}")
+    if len(report.sizes) > SHOWN_SIZES:
+        table.add_row("images of other sizes", f"{len(report.sizes) - SHOWN_SIZES:,} sizes")
+    most = max(report.shorter_sides.values(), default=1)
+    for side, count in sorted(report.shorter_sides.items()):
+        bar = "█" * -(-BAR * count // most)
+        table.add_row(f"shorter side {side} to {2 * side - 1}", f"{bar} {count:,}")
+    for name, moments in report.moments.items():
+        for what, values in (("mean", moments.mean), ("deviation", moments.std)):
+            table.add_row(f"{name} {what}", " ".join(f"{value:.4g}" for value in values))
     for label, count in sorted(report.labels.items()):
         table.add_row(f"class {label}", f"{count:,}")
     table.add_row("problems", f"{len(report.problems):,}")
     console.print(table)
-    for problem in report.problems[:SHOWN_PROBLEMS]:
+    _print_problems(report.problems)
+
+
+def _print_problems(problems: list[str]) -> None:
+    console = Console()
+    for problem in problems[:SHOWN_PROBLEMS]:
         console.print(problem, style="red", markup=False, highlight=False)
-    if len(report.problems) > SHOWN_PROBLEMS:
-        console.print(
-            f"... and {len(report.problems) - SHOWN_PROBLEMS} more; --json lists them all"
-        )
+    if len(problems) > SHOWN_PROBLEMS:
+        console.print(f"... and {len(problems) - SHOWN_PROBLEMS} more; --json lists them all")
 
 
 def _print_json(value: object) -> None:

@@ -52,6 +52,7 @@ def train(
         )
     # torch takes seconds to import: neither `--help` nor a wrong recipe should wait for it.
     from parallel.processes import choose_device
+    from trainer.assembly import in_steps, training_stream
     from trainer.dry_run import check
     from trainer.running import run_training
 
@@ -62,6 +63,8 @@ def train(
         # One process of a run looks at its folder: they would take each other for another run.
         first = os.environ.get("RANK", "0") == "0"
         check(loaded, world_size, place=first)
+        if not loaded.train.steps:
+            loaded = in_steps(loaded, training_stream(loaded).epochs)
         try:
             with as_rank(), ProgressLine(loaded.train.steps, loaded.train.log_every) as progress:
                 outcome = run_training(loaded, world_size, progress)

@@ -1,5 +1,6 @@
 """Small real shards, good and bad, and an index cache of the tests' own."""
 
+import dataclasses
 import io
 import tarfile
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import storage
+
 Members = list[tuple[str, bytes]]
 
 
@@ -17,6 +20,19 @@ def _own_index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_storage_access() -> Iterator[None]:
+    """What a test tells the process about storages ends with the test."""
+    before = storage.access()
+    yield
+    storage.use(before)
+
+
+def reach(**changes: object) -> None:
+    """Reach storages in another way, until the test ends."""
+    storage.use(dataclasses.replace(storage.access(), **changes))
 
 
 def image_file(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:

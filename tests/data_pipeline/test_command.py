@@ -4,17 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from data_pipeline.index import SUFFIX
+from data_pipeline.catalog import NAME
 from flows.errors import UserError
 from launch.commands.data import app
 from tests.data_pipeline.conftest import grey, sample, write_tar
+from trainer.assembly import plan
+from trainer.recipe import load_recipe
+from trainer.running import open_loader
 
 
 def run(*words: str, code: int = 0) -> str:
@@ -31,14 +37,20 @@ def test_pack_index_verify(tmp_path):
     written = json.loads(run("pack", "sklearn:digits", folder, *words, "--json"))
     assert [shard["samples"] for shard in written] == [800, 800, 100, 97]
     assert all(Path(shard["path"]).stat().st_size == shard["bytes"] for shard in written)
-    places = json.loads(run("index", f"{folder}/*.tar", "--json"))
-    assert all(place == url + SUFFIX and Path(place).is_file() for url, place in places.items())
+    indexed = json.loads(run("index", f"{folder}/*.tar", "--json"))
+    assert indexed == {"files": [f"{folder}/{NAME}"], "made": 4, "kept": 0, "problems": []}
+    assert json.loads(run("index", f"{folder}/*.tar", "--json"))["kept"] == 4
     picture = tmp_path / "grid.png"
     report = json.loads(
         run("verify", f"{folder}/*.tar", "--classes", "10", "--json", "--picture", str(picture))
     )
     assert (report["shards"], report["samples"], report["problems"]) == (4, 1797, [])
+    assert report["checksums"] == 4
     assert report["sizes"] == {"L 8x8": 1797}
+    assert report["shorter_sides"] == {"8": 1797}
+    pixels = np.rint(load_digits().images * (255 / 16)) / 127.5 - 1
+    assert report["moments"]["L"]["mean"] == pytest.approx([pixels.mean()])
+    assert report["moments"]["L"]["std"] == pytest.approx([pixels.std()])
     assert sum(report["labels"].values()) == 1797
     assert sorted(report["labels"]) == [str(n) for n in range(10)]
     pixels = np.asarray(Image.open(picture))
@@ -73,8 +85,8 @@ def test_verify_finds_every_problem_and_goes_on(tmp_path):
 def test_bad_input_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no shard"):
         run("verify", f"{tmp_path}/*.tar")
-    with pytest.raises(UserError, match=r"x\.csv: cannot be packed"):
-        run("pack", "x.csv", str(tmp_path))
+    with pytest.raises(UserError, match=r"x\.zip: cannot be packed"):
+        run("pack", "x.zip", str(tmp_path))
 
 
 def test_asking_for_help_loads_nothing_heavy():
@@ -92,18 +104,57 @@ def test_asking_for_help_loads_nothing_heavy():
 def test_a_loader_left_open_does_not_hold_the_interpreter():
     code = """
 import torch
+from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
 from data_pipeline.stream import open_stream
-stream = open_stream("embedded:digits8/train-*.tar", classes=10, seed=0, lanes=4, window=8)
-decoder = open_decoder("auto", image_size=8, channels=1, threads=2, device=torch.device("cpu"))
-loader = Loader(stream, decoder, seed=0, batch=32, rank=0, ranks=1, flip=0.5, prefetch=2,
-                device=torch.device("cpu"))
+sources = [("embedded:digits8/train-*.tar", 1.0)]
+stream = open_stream(sources, keep={}, classes=10, seed=0, lanes=4, window=8)
+decoder = open_decoder("auto", channels=1, threads=2, device=torch.device("cpu"))
+augment = Augment("random", (0.5, 1.0), (0.8, 1.25), 0.5)
+loader = Loader(stream, decoder, size=(8, 8), augment=augment, seed=0, batch=32, rank=0, ranks=1,
+                prefetch=2, device=torch.device("cpu"))
 print(len(next(loader)))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=60
+        command, capture_output=True, text=True, env=environment, check=False, timeout=200
     )
     assert (done.returncode, done.stdout.strip()) == (0, "32"), done.stderr
+    assert not done.stderr
+
+
+TINY_RECIPE = ("digits8", "train.batch=12", "data.decoder=pillow")
+
+
+def test_order_lists_what_each_rank_of_each_batch_reads():
+    words = ("--from", "1488", "--batches", "3", "--json")
+    alone, four = (
+        json.loads(run("order", *TINY_RECIPE, *words, "--ranks", ranks)) for ranks in ("1", "4")
+    )
+    assert [one["position"] for one in four] == [1488, 1500, 1512]
+    assert [[len(keys) for keys in one["ranks"]] for one in four] == [[3] * 4] * 3
+    for whole, shared in zip(alone, four, strict=True):
+        assert whole["ranks"] == [list(chain(*shared["ranks"]))]
+    made = plan(load_recipe("digits8", list(TINY_RECIPE[1:])), 4)
+    for rank in range(4):
+        with open_loader(made, rank, 4, torch.device("cpu")) as batches:
+            batches.load_state_dict(made.stream.state_at(1488))
+            for one in four:
+                assert made.stream.keys(next(batches).position) == one["ranks"][rank]
+
+
+def test_order_of_a_mixture_names_the_set_and_the_table_shows_every_rank():
+    mixture = "[{url: 'embedded:digits8/train-*.tar', weight: 5}, {url: 'embedded:digits8/heldout-*.tar'}]"
+    words = ("order", *TINY_RECIPE, f"data.train={mixture}", "data.keep={cls: [1]}", "--ranks", "2")
+    (batch,) = json.loads(run(*words, "--json"))
+    keys = list(chain(*batch["ranks"]))
+    assert sorted(key.partition(":")[0] for key in keys) == ["0"] * 10 + ["1"] * 2
+    table = run(*words)
+    assert all(key in table for key in keys)
+
+
+def test_order_refuses_ranks_that_training_would_refuse():
+    with pytest.raises(UserError, match=r"train\.batch = 12 does not divide over --ranks 5"):
+        run("order", *TINY_RECIPE, "--ranks", "5")

@@ -4,11 +4,12 @@ position."""
 import gc
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from data_pipeline.augment import draw_flips
+from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader, read_all
 from data_pipeline.stream import open_stream
@@ -18,26 +19,60 @@ from tests.data_pipeline.conftest import sample, write_tar
 CPU = torch.device("cpu")
 
 
-def decoder(kind="pillow", size=4):
-    return open_decoder(kind, image_size=size, channels=1, threads=1, device=CPU)
+PLAIN = Augment("centre", (1.0, 1.0), (1.0, 1.0), flip=0.0)
+FLIPPED = replace(PLAIN, flip=0.5)
+CROPPED = Augment("random", (0.2, 1.0), (0.5, 2.0), flip=0.5)
 
 
-def loader(pattern, *, batch=6, rank=0, ranks=1, seed=1, flip=0.0, prefetch=2, window=4, size=4):
+def decoder(kind="pillow"):
+    return open_decoder(kind, channels=1, threads=1, device=CPU)
+
+
+def stream_of(pattern, *, keep=None, seed=0, lanes=2, window=3, tolerate=None):
+    sources = [(pattern, 1.0)] if isinstance(pattern, str) else pattern
+    return open_stream(
+        sources,
+        keep=keep or {},
+        classes=10,
+        seed=seed,
+        lanes=lanes,
+        window=window,
+        tolerate=tolerate,
+    )
+
+
+def loader(
+    pattern,
+    *,
+    keep=None,
+    batch=6,
+    rank=0,
+    ranks=1,
+    seed=1,
+    augment=PLAIN,
+    prefetch=2,
+    lanes=3,
+    window=4,
+    size=4,
+    kind="pillow",
+    tolerate=None,
+):
     return Loader(
-        open_stream(pattern, classes=10, seed=seed, lanes=3, window=window),
-        decoder(size=size),
+        stream_of(pattern, keep=keep, seed=seed, lanes=lanes, window=window, tolerate=tolerate),
+        decoder(kind),
+        size=(size, size),
+        augment=augment,
         seed=seed,
         batch=batch,
         rank=rank,
         ranks=ranks,
-        flip=flip,
         prefetch=prefetch,
         device=CPU,
     )
 
 
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name == "loader"]
+    return [t for t in threading.enumerate() if t.name in ("reader", "decoder")]
 
 
 def numbers(batch):
@@ -98,13 +133,13 @@ def test_a_running_loader_goes_back_to_a_state(shards):
         next(batches)
         batches.load_state_dict(state)
         assert torch.equal(next(batches).image, first.image)
-        assert len(loader_threads()) == 1
+        assert len(loader_threads()) == 2
 
 
 def test_state_of_another_order_is_refused(shards):
     pattern, other = shards([20]), shards([10, 10], "other")
     state = loader(pattern).state_dict()
-    assert state.keys() == {"position", "samples", "fingerprint"}
+    assert state.keys() == {"position", "taken", "samples", "fingerprint"}
     for changed in (loader(other), loader(pattern, seed=2), loader(pattern, window=5)):
         with pytest.raises(UserError, match=r"another stream of samples \(20 an epoch, here 20\)"):
             changed.load_state_dict(state)
@@ -118,22 +153,12 @@ def test_the_same_data_elsewhere_is_the_same_stream(shards, tmp_path):
     loader(f"{tmp_path}/moved/*.tar").load_state_dict(state)
 
 
-def test_flips_belong_to_the_position(shards):
-    positions = torch.arange(10_000)
-    flips = draw_flips(positions, seed=3, probability=0.3)
-    assert abs(flips.mean() - 0.3) < 0.03
-    assert (draw_flips(positions[5000:], seed=3, probability=0.3) == flips[5000:]).all()
-    assert (draw_flips(positions, seed=4, probability=0.3) != flips).any()
-    assert not draw_flips(positions, seed=3, probability=0.0).any()
-    assert draw_flips(positions, seed=3, probability=1.0).all()
-
-
 def test_flipped_images_do_not_depend_on_the_ranks():
     pattern = "embedded:digits8/train-*.tar"
     with (
         loader(pattern, batch=64, size=8) as plain,
-        loader(pattern, batch=64, size=8, flip=0.5) as one,
-        loader(pattern, batch=64, size=8, flip=0.5, rank=1, ranks=2) as half,
+        loader(pattern, batch=64, size=8, augment=FLIPPED) as one,
+        loader(pattern, batch=64, size=8, augment=FLIPPED, rank=1, ranks=2) as half,
     ):
         straight, flipped = next(plain).image, next(one).image
         assert torch.equal(next(half).image, flipped[32:])
@@ -143,22 +168,58 @@ def test_flipped_images_do_not_depend_on_the_ranks():
     assert 16 < turned.sum() < 48
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_random_crops_do_not_depend_on_the_ranks_or_the_decoder(ranks):
+    pattern = "embedded:digits28/train-000000.tar"
+    with loader(pattern, batch=32, size=20, augment=CROPPED) as whole:
+        wanted = [next(whole) for _ in range(3)]
+    every = [
+        loader(pattern, batch=32, size=20, augment=CROPPED, rank=rank, ranks=ranks, kind="auto")
+        for rank in range(ranks)
+    ]
+    for want in wanted:
+        shares = [next(one) for one in every]
+        assert torch.equal(torch.cat([share.image for share in shares]), want.image)
+    for one in every:
+        one.close()
+    assert not torch.equal(wanted[0].image, wanted[1].image)
+
+
 def test_prefetching_is_ahead_bounded_and_measured(shards):
     batches = loader(shards([50]), prefetch=3)
-    loaded = []
-    real = batches.share.load
-    batches.share.load = lambda start: (loaded.append(start), real(start))[1]
+    read, decoded = [], []
+    real_read, real_decode = batches.share.read, batches.share.decode
+    batches.share.read = lambda start: (read.append(start), real_read(start))[1]
+    batches.share.decode = lambda some: (
+        decoded.append(int(some.positions[0])),
+        real_decode(some),
+    )[1]
     next(batches)
     assert batches.wait_seconds > 0
     deadline = time.monotonic() + 10
-    while len(loaded) < 5 and time.monotonic() < deadline:
+    while len(read) < 9 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    # One taken, three ready, one in hand.
-    assert loaded == [0, 6, 12, 18, 24]
+    # One taken, three decoded, one in the decoder's hand; three read, one in the reader's hand.
+    assert decoded == [0, 6, 12, 18, 24]
+    assert read == [*decoded, 30, 36, 42, 48]
     next(batches)
-    assert batches.queue_depth == 3
+    assert (batches.queue_depth, batches.read_depth) == (3, 3)
     assert batches.wait_seconds < 0.1
+    batches.close()
+
+
+def test_reading_goes_on_while_a_batch_is_decoded(shards):
+    """Two things that take 50 ms a batch take 50 ms together, not 100."""
+    batches = loader(shards([50]), prefetch=2)
+    real_read, real_decode = batches.share.read, batches.share.decode
+    batches.share.read = lambda start: (time.sleep(0.05), real_read(start))[1]
+    batches.share.decode = lambda some: (time.sleep(0.05), real_decode(some))[1]
+    next(batches)
+    began = time.perf_counter()
+    for _ in range(20):
+        next(batches)
+    assert time.perf_counter() - began < 20 * 0.1 * 0.8
     batches.close()
 
 
@@ -201,7 +262,7 @@ def test_a_data_set_smaller_than_a_batch_repeats_within_it(shards):
 
 
 def test_keys_name_what_is_read(shards):
-    stream = open_stream(shards([4, 5]), classes=10, seed=0, lanes=2, window=3)
+    stream = stream_of(shards([4, 5]))
     positions = torch.arange(9)
     keys = stream.keys(positions)
     assert sorted(keys) == [f"train-{int(n > 3):02d}/{n:04d}" for n in range(9)]
@@ -211,7 +272,9 @@ def test_keys_name_what_is_read(shards):
 
 @pytest.mark.parametrize("limit", [None, 1, 7, 100])
 def test_held_out_samples_come_in_file_order(shards, limit):
-    images, labels = read_all(shards([4, 0, 5]), decoder(), classes=10, limit=limit, batch=3)
+    images, labels = read_all(
+        [shards([4, 0, 5])], decoder(), size=(4, 4), keep={}, classes=10, limit=limit, batch=3
+    )
     count = min(9, limit or 9)
     assert images.shape == (count, 1, 4, 4)
     assert labels.tolist() == list(range(count))
@@ -219,7 +282,15 @@ def test_held_out_samples_come_in_file_order(shards, limit):
 
 def test_held_out_digits_are_not_trained_on():
     def pixels(split):
-        pattern = f"embedded:digits28/{split}-000000.tar"
-        return read_all(pattern, decoder(size=28), classes=10, limit=500, batch=64)[0].flatten(1)
+        images, _ = read_all(
+            [f"embedded:digits28/{split}-000000.tar"],
+            decoder(),
+            size=(28, 28),
+            keep={},
+            classes=10,
+            limit=500,
+            batch=64,
+        )
+        return images.flatten(1)
 
     assert torch.cdist(pixels("train"), pixels("heldout")).min() > 1

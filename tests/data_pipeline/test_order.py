@@ -7,13 +7,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.loader import share_of
 from data_pipeline.order import Order, fold, permute
 
 sizes = st.lists(st.integers(0, 23), min_size=1, max_size=9).filter(lambda s: sum(s) > 0)
 lanes = st.integers(1, 40)
 windows = st.integers(1, 30)
 seeds = st.integers(0, 2**63 - 1)
-law = settings(max_examples=200, deadline=None)
+law = settings(max_examples=500, deadline=None)
 
 
 def pairs(order, positions):
@@ -36,15 +37,21 @@ def test_every_epoch_is_each_sample_once(sizes, lanes, windows, seed, epoch):
 def test_any_sequence_of_world_sizes_reads_the_same_global_batches(
     sizes, lanes, windows, seed, batch, worlds
 ):
-    """Each rank asks for its contiguous share alone; the world changes at every batch."""
-    whole = pairs(Order(sizes, seed=seed, lanes=lanes, window=windows), range(batch * len(worlds)))
-    read = []
-    for step, ranks in enumerate(worlds):
+    """Each rank asks for its contiguous shares alone; the world changes at every batch."""
+    steps = max(len(worlds), -(-sum(sizes) // batch))
+    whole = pairs(Order(sizes, seed=seed, lanes=lanes, window=windows), range(batch * steps))
+    asked: list[list[int]] = [[] for _ in range(max(worlds))]
+    for step in range(steps):
+        ranks = worlds[step % len(worlds)]
         for rank in range(ranks):
-            fresh = Order(sizes, seed=seed, lanes=lanes, window=windows)
-            start, end = (step * batch + batch * r // ranks for r in (rank, rank + 1))
-            read += pairs(fresh, np.arange(start, end))
-    assert read == whole
+            first, end = share_of(batch, rank, ranks)
+            asked[rank] += range(step * batch + first, step * batch + end)
+    read = {}
+    for positions in asked:
+        fresh = Order(sizes, seed=seed, lanes=lanes, window=windows)
+        read |= dict(zip(positions, pairs(fresh, positions), strict=True))
+    assert [read[position] for position in range(batch * steps)] == whole
+    assert len(set(whole[: sum(sizes)])) == sum(sizes)
 
 
 @law
@@ -56,9 +63,9 @@ def test_lanes_are_contiguous_even_and_shuffled_inside_windows_alone(sizes, lane
     # With window 1 the same lanes read the epoch's list as it lies.
     plain = Order(sizes, seed=seed, lanes=lanes, window=1)
     lengths = set()
+    all_straight, all_shuffled = (pairs(one, range(count)) for one in (plain, order))
     for lane in range(used):
-        straight = pairs(plain, np.arange(lane, count, used))
-        shuffled = pairs(order, np.arange(lane, count, used))
+        straight, shuffled = all_straight[lane::used], all_shuffled[lane::used]
         lengths.add(len(straight))
         for first in range(0, len(straight), windows):
             part = slice(first, first + windows)
@@ -69,7 +76,7 @@ def test_lanes_are_contiguous_even_and_shuffled_inside_windows_alone(sizes, lane
 
 
 @law
-@given(sizes, lanes, windows, seeds, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+@given(sizes, lanes, windows, seeds, st.lists(st.integers(0, 10**12), min_size=1, max_size=8))
 def test_a_position_is_found_without_the_others(sizes, lanes, windows, seed, positions):
     order = Order(sizes, seed=seed, lanes=lanes, window=windows)
     together = pairs(order, positions)
@@ -121,3 +128,11 @@ def test_a_late_position_costs_what_an_early_one_does():
         return best
 
     assert seconds(10**12) < 3 * seconds(0)
+
+
+def test_a_batch_smaller_than_the_lanes_draws_from_all_over_the_data():
+    """Eight batches pass over the lanes once; each would else come from one shard of the eight."""
+    order = Order([100] * 8, seed=0, lanes=64, window=16)
+    shards = order.sample_at(np.arange(800)).shard
+    held = [len(set(shards[start : start + 8].tolist())) for start in range(0, 800, 8)]
+    assert np.mean(held) > 4

@@ -11,14 +11,16 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_pipeline.decode.pillow import load
+from data_pipeline.decode.images import load, read_picture
+from data_pipeline.description import folder_of, read_description
 from data_pipeline.pack import open_source, pack
 from data_pipeline.samples import Samples
 from data_pipeline.shards import expand
+from data_pipeline.storing import sha256_of
 from flows.errors import UserError
 from tests.data_pipeline.conftest import sample, write_tar
 
-PLAIN = {"label_field": None, "caption_field": None}
+PLAIN = {"label_field": None, "caption_field": None, "image_field": "image"}
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -29,7 +31,7 @@ def decoded(url: str) -> tuple[np.ndarray, np.ndarray]:
     contents = Samples(url, classes=None)
     every = np.arange(len(contents))
     encoded = contents.read(np.zeros_like(every), every)
-    return np.stack([np.asarray(load(i, "")) for i in encoded.images]), encoded.labels
+    return np.stack([np.asarray(load(read_picture(i, ""))) for i in encoded.images]), encoded.labels
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,7 @@ def test_packing_twice_gives_the_same_bytes(tmp_path):
         pack(source, tmp_path / folder, per_shard=700, heldout=97, shuffle=5)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert list(digest(tmp_path / "a")) == [
+        "dataset.json",
         "heldout-000000.tar",
         *(f"train-{n:06d}.tar" for n in range(3)),
     ]
@@ -152,7 +155,7 @@ def test_what_cannot_be_packed_is_said(tmp_path):
 def test_json_without_the_wanted_field_is_named(tmp_path, content):
     members = sample("0007", 1) + ([("0007.json", content)] if content else [])
     url = write_tar(tmp_path / "a.tar", members)
-    source = open_source(url, label_field="kind", caption_field=None)
+    source = open_source(url, label_field="kind", caption_field=None, image_field="image")
     with pytest.raises(UserError, match=r"a\.tar: sample 0007: its \.json has no readable kind"):
         source[0]
 
@@ -163,3 +166,12 @@ def test_embedded_images_need_no_conversion():
         every = np.arange(len(contents))
         images = contents.read(np.zeros_like(every), every).images
         assert {Image.open(io.BytesIO(image)).mode for image in images} == {mode}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("digits28", 10), ("emoji64", 9), ("digits8", 10)])
+def test_embedded_shards_are_those_of_their_description(name, classes):
+    urls = expand(f"embedded:{name}/*.tar")
+    about = read_description(folder_of(urls[0]))
+    found = {Path(url).name: sha256_of(url) for url in urls}
+    assert {shard: facts.sha256 for shard, facts in about.shards.items()} == found
+    assert len(about.class_names) == classes

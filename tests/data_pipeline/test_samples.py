@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.samples import Samples
-from data_pipeline.shards import resolve
+from data_pipeline.storage import resolve
 from flows.errors import UserError
 from tests.data_pipeline.conftest import grey, sample, write_tar
 

@@ -41,9 +41,9 @@ def test_json_of_checkpoints(flowmill: Flowmill, place: Path) -> None:
 
 def test_json_of_data(flowmill: Flowmill, place: Path) -> None:
     shard = write_tar(place / "a.tar", [*sample("0000", 1, 3), *sample("0001", 2, 4)])
-    assert json.loads(flowmill("data", "index", shard, "--json").out) == {
-        shard: f"{shard}.index.npz"
-    }
+    found = json.loads(flowmill("data", "index", shard, "--json").out)
+    assert (found["made"], found["kept"], found["problems"]) == (1, 0, [])
+    assert [Path(file).parent for file in found["files"]] == [place]
     report = json.loads(flowmill("data", "verify", shard, "--json").out)
     assert (report["samples"], report["labels"]) == (2, {"3": 1, "4": 1})
     write_tar(place / "b.tar", [("0.png", grey(1)[:50]), ("0.cls", b"0")])

@@ -45,7 +45,7 @@ def test_a_wrong_recipe_ends_the_process_with_a_sentence(place: Path) -> None:
 def test_a_bad_sample_of_another_rank_reaches_the_terminal(place: Path) -> None:
     good = {f"{n:04d}": sample(f"{n:04d}", n, n % 10) for n in range(16)}
     shard = write_tar(place / "bad.tar", [member for pair in good.values() for member in pair])
-    stream = open_stream(shard, classes=10, seed=0, lanes=4, window=16)
+    stream = open_stream([(shard, 1.0)], keep={}, classes=10, seed=0, lanes=4, window=16)
     # Of a batch of 16, the second rank reads positions 8 to 15.
     key = stream.keys(torch.tensor([12]))[0].rpartition("/")[2]
     stream.close()

@@ -112,7 +112,7 @@ def test_a_folder_is_no_shard(refused: Refused, place: Path) -> None:
     ("source", "says"),
     [
         ("nowhere.npz", "nowhere.npz"),
-        ("pictures.csv", "cannot be packed; give an .npz file"),
+        ("pictures.zip", "cannot be packed; give a folder of images"),
         ("text.npz", "text.npz"),
         ("nowhere.tar", "there is no shard"),
     ],
@@ -120,6 +120,28 @@ def test_a_folder_is_no_shard(refused: Refused, place: Path) -> None:
 def test_what_cannot_be_packed(refused: Refused, place: Path, source: str, says: str) -> None:
     Path("text.npz").write_text("hello")
     refused("data", "pack", source, "packed", says=(says,))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "give --autoencoder, --text, or both"),
+        (("--autoencoder", "absent"), "absent: is no folder with a config.json"),
+        (("--text", "net"), "net: holds None; give the folder of a T5 or CLIP"),
+        (("--text", "bare"), "bare: has no .safetensors weights"),
+        (("--text", "damaged"), "damaged: the text encoder cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_encoded_by(
+    refused: Refused, place: Path, options: tuple[str, ...], says: str
+) -> None:
+    for name, config in {"net": "{}", "bare": "{}", "damaged": '{"model_type": "t5"}'}.items():
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(config)
+        if name != "bare":
+            Path(name, "model.safetensors").write_bytes(b"\x10")
+    write_tar(place / "good.tar", GOOD)
+    refused("data", "encode", str(place / "good.tar"), "encoded", *options, says=(says,))
 
 
 def test_pack_overwrites_nothing(refused: Refused, place: Path) -> None:

@@ -18,7 +18,8 @@ SCIENCE = {
     "data.image_size": "16",
     "data.channels": "3",
     "data.classes": "11",
-    "data.flip": "0.5",
+    "data.keep.cls": "[1, 2]",
+    "data.augment.flip": "0.5",
     "data.lanes": "8",
     "data.window": "8",
     "model.name": "SiT-nano/2",
@@ -43,8 +44,13 @@ FREE = (
 )  # fmt: skip
 
 
+# Shards of images are no latents: that is refused before the run is looked at.
+REFUSED_EARLIER = {"data.latents"}
+
+
 def test_every_fixed_key_is_tried() -> None:
-    assert all(any(f"{key}.".startswith(f"{fixed}.") for key in SCIENCE) for fixed in FIXED)
+    tried = (*SCIENCE, *REFUSED_EARLIER)
+    assert all(any(f"{key}.".startswith(f"{fixed}.") for key in tried) for fixed in FIXED)
 
 
 @pytest.mark.parametrize(("key", "value"), SCIENCE.items())

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.timeout(900)
 
 EXACT = 1e-5
 STEPS = 20
-CHANGES = (f"train.steps={STEPS}", "checkpoint.every=1000", "data.flip=0.5")
+CHANGES = (
+    f"train.steps={STEPS}",
+    "checkpoint.every=1000",
+    "data.augment={crop: random, flip: 0.5}",
+)
 LAYOUTS = {
     "fsdp x4": (4, ["parallel.strategy=fsdp"]),
     "hsdp 2x2": (4, ["parallel.strategy=hsdp", "parallel.replicate=2"]),

@@ -49,7 +49,8 @@ def same_run(ours: Path, theirs: Path) -> None:
 def test_a_run_writes_what_it_promises(quiet_run):
     lines = runs.lines(quiet_run)
     assert [line["step"] for line in lines] == list(range(1, 13))
-    wanted = {"loss", "grad_norm", "samples_per_second", "data_wait_seconds", "lr", "seconds"}
+    wanted = {"loss", "grad_norm", "samples_per_second", "lr", "seconds"}
+    wanted |= {"data_wait_seconds", "queue_depth", "read_depth", "redecoded"}
     assert all(wanted <= line.keys() for line in lines)
     phases = {"forward", "backward", "gradient_norm", "optimizer", "average"}
     assert phases <= lines[-1]["seconds"].keys()

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 EXACT = 1e-5
 SAMPLES = 297
 # Three epochs of a small data set; an epoch ends in the middle of a batch.
-DATA = ("data.train=embedded:digits8/heldout-000000.tar", "data.flip=0.5")
+DATA = ("data.train=embedded:digits8/heldout-000000.tar", "data.augment={crop: random, flip: 0.5}")
 CHANGES = (*DATA, "checkpoint.every=7")
 # One rank is so fast that a kill needs room to come in time; here old checkpoints are deleted.
 ALONE = (*CHANGES, "train.steps=200", "checkpoint.keep=2")

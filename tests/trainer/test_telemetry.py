@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.faults import Budget
 from flows.errors import UserError
 from parallel.engines.engine import StepResult
 from trainer.telemetry import BUCKETS, Telemetry
@@ -14,10 +15,10 @@ HOST = {"lr": 0.1, "data_wait_seconds": 0.0}
 
 def telemetry(**changes):
     values = {"batch": 4, "flops": 10, "world_size": 1, "max_skipped": 2, "device": CPU}
-    return Telemetry(**(values | changes))
+    return Telemetry(**(values | {"budget": Budget(0.25, 12)} | changes))
 
 
-def push(meter, step, *, loss=(1.0,), time=(0.5,), skip=0.0, stop=False, others=None):
+def push(meter, step, *, loss=(1.0,), time=(0.5,), skip=0.0, stop=False, bad=0, others=None):
     """One step; `others` is what the other ranks' numbers add up to."""
 
     def sum_over_data(mine: Tensor) -> Tensor:
@@ -29,13 +30,14 @@ def push(meter, step, *, loss=(1.0,), time=(0.5,), skip=0.0, stop=False, others=
         norm=torch.tensor(2.5),
         skip=torch.tensor(skip),
         stop=stop,
+        bad=bad,
         host=HOST,
         sum_over_data=sum_over_data,
     )
     return list(meter.lines())
 
 
-def numbers_of(loss, time, stop):
+def numbers_of(loss, time, stop, bad=0):
     """What one rank sends on its way, taken from a meter of its own."""
     sent = []
     telemetry().push(
@@ -44,6 +46,7 @@ def numbers_of(loss, time, stop):
         norm=torch.zeros(()),
         skip=torch.zeros(()),
         stop=stop,
+        bad=bad,
         host={},
         sum_over_data=lambda mine: sent.append(mine) or mine,
     )
@@ -111,6 +114,26 @@ def test_too_many_skipped_in_a_row_are_one_sentence_also_when_a_checkpoint_asks(
         push(meter, step, skip=1.0)
     with pytest.raises(UserError, match=r"^step 3: the gradient was not finite 3 steps in a row; "):
         list(meter.lines(everything=True))
+
+
+def test_bad_samples_of_all_ranks_count_and_their_budget_is_an_epochs_one():
+    others = numbers_of((1.0,), (0.5,), False, bad=2)
+    meter = telemetry()
+    push(meter, 0, bad=1, others=others)
+    assert [line["bad_samples"] for line in push(meter, 1)] == [3]
+    # Steps of four samples, epochs of twelve: three of these are allowed each.
+    resumed = telemetry()
+    resumed.load_state_dict(meter.state_dict())
+    push(resumed, 3, bad=1, others=others)
+    assert [line["bad_samples"] for line in resumed.lines(everything=True)] == [6]
+    push(resumed, 4, bad=1)
+    with pytest.raises(UserError, match=r"4 bad samples in this epoch of 12, .* allows 3; "):
+        list(resumed.lines(everything=True))
+    spent = telemetry()
+    spent.load_state_dict(meter.state_dict())
+    push(spent, 2, bad=1)
+    with pytest.raises(UserError, match="4 bad samples in this epoch"):
+        list(spent.lines(everything=True))
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -1,0 +1,113 @@
+"""The members of a tar, read from its headers alone, and refused where one is not safe to read."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from data_pipeline.storage import describe, facts, fetch, resolve
+from flows.errors import UserError
+
+BLOCK = tarfile.BLOCKSIZE
+# Headers of remote shards come with the data between them, in reads of this many bytes.
+READ_AHEAD = 4 << 20
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name, and where its content lies."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file to read and seek in; its blocks come by patient requests, larger gaps are not read."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._size = facts(url).size
+        self._place = 0
+        self._start, self._content = 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        )
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._place + size, self._size)
+        if not self._start <= self._place <= end <= self._start + len(self._content):
+            self._start = self._place
+            last = min(max(end, self._place + READ_AHEAD), self._size)
+            self._content = fetch(self._url, self._place, last) if last > self._place else b""
+        part = self._content[self._place - self._start : max(end, self._place) - self._start]
+        self._place += len(part)
+        return part
+
+
+def read_members(url: str) -> Iterator[Member]:
+    """Every regular member of a shard, in its order.
+
+    Raises UserError, naming shard and member, for a truncated or damaged tar, a path that leads
+    outside, a link or a device.
+    """
+    place = resolve(url)
+    try:
+        with Path(place.path).open("rb", buffering=0) if place.local else RemoteFile(url) as stream:
+            yield from _walk(stream, url)  # type: ignore[arg-type]
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{url}: not a whole uncompressed tar ({error}); copy or pack the shard again"
+        ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{url} is a folder; name the shards in it, as in {url}/*.tar") from error
+    except OSError as error:
+        raise UserError(
+            f"{url}: the shard cannot be read ({describe(error)}); check its permissions"
+        ) from error
+
+
+def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        while member := archive.next():
+            # tarfile keeps all it has seen; a shard can hold millions.
+            archive.members = []  # type: ignore[attr-defined]
+            if member.isdir():
+                continue
+            _refuse_unsafe(member, url)
+            yield Member(member.name, member.offset_data, member.size)
+        end = archive.offset
+    # tarfile takes a cut between members, and a damaged header, for the end of the archive.
+    stream.seek(end)
+    if stream.read(BLOCK) != bytes(BLOCK):
+        raise UserError(
+            f"{url}: no end mark at byte {end}: truncated or damaged; copy or pack the shard again"
+        )
+    if stream.read(READ_AHEAD).strip(b"\0"):
+        raise UserError(f"{url}: data after its end mark at byte {end}; pack joined tars again")
+
+
+def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:
+    if not member.isreg() or member.issparse():
+        kind = "link" if member.issym() or member.islnk() else "device or special file"
+        raise UserError(f"{url}: member {member.name} is a {kind}; a shard holds plain files only")
+    refuse_outside(member.name, url)
+
+
+def refuse_outside(name: str, url: str) -> None:
+    """Raises UserError for a member that would be written outside the folder it is unpacked in."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{url}: member {name} leads outside the shard; pack it again")

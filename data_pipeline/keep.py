@@ -1,0 +1,201 @@
+"""Filters: which samples of each shard a stream keeps, known before the first is drawn.
+
+A filter is decided when the stream is opened, so that dropping samples makes shards smaller and
+shifts nothing later. It reads the label or `.json` of every sample once; the answer is kept in the
+user's cache folder beside the indexes, for as long as the shard has not changed.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.index import ShardIndex, look_at, open_index, signature_of
+from data_pipeline.order import Int64
+from data_pipeline.reader import RangeReader
+from data_pipeline.samples import LABEL, Samples, member_range, parse_label
+from data_pipeline.storage import resolve
+from flows.errors import UserError
+
+Value = bool | int | float | str | None
+Keep = Mapping[str, Sequence[Value]]
+
+RECORD = "json"
+# Small members are asked for together, so that remote ones can share requests.
+READ_AT_ONCE = 1024
+# Rows are 8 bytes a sample; a lane stays in one shard for long, so few are in use.
+KEPT_ROWS = 512
+
+
+class Kept:
+    """What a filter leaves of some shards.
+
+    sizes: samples left in each
+    fingerprint: names the filter and what it left
+    """
+
+    def __init__(self, contents: Samples, keep: Keep) -> None:
+        self.urls = contents.urls
+        tolerant = contents.tolerate is not None and not contents.tolerate.strict
+        self._rows = lru_cache(KEPT_ROWS)(
+            partial(kept_rows, keep=keep, tolerant=tolerant, index_of=contents.index)
+        )
+        digest = hashlib.sha256(describe(keep).encode())
+        sizes = []
+        for url in self.urls:
+            rows = self._rows(url)
+            digest.update(rows.tobytes())
+            sizes.append(len(rows))
+        self.sizes = tuple(sizes)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def rows(self, shard: Int64, number: Int64) -> Int64:
+        """Where the `number`-th kept samples of shards lie in them; all (samples,)."""
+        found = [
+            self._rows(self.urls[s])[n]
+            for s, n in zip(shard.tolist(), number.tolist(), strict=True)
+        ]
+        return np.array(found, np.int64)
+
+
+def open_kept(contents: Samples, keep: Keep, pattern: str) -> Kept:
+    """The samples whose every field has one of the values given for it.
+
+    keep: field -> values. Field `cls` is the label; any other is one of the sample's `.json`, where
+        a missing one counts as null. Where bad samples are tolerated, one without a label that can
+        be read stays, to be replaced and reported in its turn like any other bad one.
+
+    Raises UserError if a shard cannot be read, a `.json` is missing or broken, or none is kept.
+    """
+    kept = Kept(contents, keep)
+    if sum(kept.sizes) == 0:
+        raise UserError(
+            f"{pattern}: data.keep = {describe(keep)} keeps none of its samples; check the names of "
+            "fields and the values"
+        )
+    return kept
+
+
+def describe(keep: Keep) -> str:
+    return json.dumps({field: list(keep[field]) for field in sorted(keep)})
+
+
+def kept_rows(
+    url: str,
+    *,
+    keep: Keep,
+    tolerant: bool = False,
+    index_of: Callable[[str], ShardIndex] = open_index,
+) -> Int64:
+    """(kept,) rows of one shard, from the cache if they fit, else looked up now and cached.
+
+    tolerant: samples without a label that can be read stay
+    """
+    signature = f"{signature_of(look_at(url))} {tolerant} {describe(keep)}"
+    stored = _cache_file(url, signature)
+    rows = _load(stored, signature)
+    if rows is None:
+        rows = np.array(list(_look_up(index_of(url), keep, tolerant)), np.int64)
+        # A cache that cannot be written costs the next run another look, no more.
+        with contextlib.suppress(OSError):
+            _store(stored, rows, signature)
+    return rows
+
+
+def _look_up(index: ShardIndex, keep: Keep, tolerant: bool) -> Iterator[int]:
+    """Rows whose fields all fit, in order."""
+    wanted = [LABEL] * (LABEL in keep) + [RECORD] * any(field != LABEL for field in keep)
+    reader = RangeReader()
+    try:
+        for start in range(0, len(index), READ_AT_ONCE):
+            rows = range(start, min(start + READ_AT_ONCE, len(index)))
+            members = [_contents(index, rows, extension, reader, tolerant) for extension in wanted]
+            for row, texts in zip(rows, zip(*members, strict=True), strict=True):
+                name = f"{index.url}: sample {index.keys[row]}"
+                if _fits(dict(zip(wanted, texts, strict=True)), keep, name, tolerant):
+                    yield row
+    finally:
+        reader.close()
+
+
+def _contents(
+    index: ShardIndex, rows: range, extension: str, reader: RangeReader, tolerant: bool
+) -> Sequence[bytes | None]:
+    """That member of each sample; None for a label that is not there and need not be."""
+    column = index.column(extension)
+    there = [row for row in rows if column is not None and index.offsets[row, column] >= 0]
+    if len(there) < len(rows) and not (tolerant and extension == LABEL):
+        row = min(set(rows).difference(there))
+        raise UserError(
+            f"{index.url}: sample {index.keys[row]} has no .{extension}, which data.keep looks "
+            "into; pack the shard again or keep by other fields"
+        )
+    texts = reader.read([member_range(index, row, (extension,)) for row in there])
+    found = dict(zip(there, texts, strict=True))
+    return [found.get(row) for row in rows]
+
+
+def _fits(texts: Mapping[str, bytes | None], keep: Keep, name: str, tolerant: bool) -> bool:
+    found: dict[str, object] = {}
+    if (record := texts.get(RECORD)) is not None:
+        found |= parse_record(record, name)
+    if LABEL in texts:
+        try:
+            found[LABEL] = parse_label(texts[LABEL] or b"", name, None)
+        except UserError:
+            if not tolerant:
+                raise
+            return True
+    return all(_among(found.get(field), values) for field, values in keep.items())
+
+
+def _among(found: object, values: Sequence[Value]) -> bool:
+    # In Python True equals 1; in JSON it does not.
+    return any(
+        found == value and isinstance(found, bool) == isinstance(value, bool) for value in values
+    )
+
+
+def parse_record(text: bytes, name: str) -> dict[str, object]:
+    """The object in a `.json` member; raises UserError naming the sample."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name}: its .json is broken ({error}); replace or remove it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{name}: its .json holds no object with fields; replace or remove it")
+    return record
+
+
+def _cache_file(url: str, signature: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    absolute = str(Path(url).resolve()) if resolve(url).local else url
+    name = hashlib.sha256(f"{absolute} {signature}".encode()).hexdigest()[:32]
+    return home / "flowmill" / "keep" / f"{name}.npz"
+
+
+def _load(stored: Path, signature: str) -> Int64 | None:
+    try:
+        with np.load(io.BytesIO(stored.read_bytes()), allow_pickle=False) as arrays:
+            if str(arrays["signature"]) != signature:
+                return None
+            return np.asarray(arrays["rows"], np.int64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _store(stored: Path, rows: Int64, signature: str) -> None:
+    """Write kept rows whole or not at all, whoever else writes them."""
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=stored.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        np.savez_compressed(file, signature=np.array(signature), rows=rows)
+    Path(temporary).replace(stored)
