@@ -10,7 +10,6 @@ does not fit its shard counts for nothing.
 import io
 import struct
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.index import ShardIndex, cached_at, decode
+from data_pipeline.npy import read_npz
 from data_pipeline.storage import fetch, patiently, resolve
 
 NAME = "flowmill.index"
@@ -120,19 +120,19 @@ def open_catalog(url: str) -> Catalog | None:
         table = fetch(url, HEAD.size, HEAD.size + length) if magic == MAGIC else b""
         if zlib.crc32(table) != checksum:
             return None
-        with np.load(io.BytesIO(table), allow_pickle=False) as arrays:
-            return Catalog(
-                url=url,
-                base=HEAD.size + length,
-                names={n.decode(): row for row, n in enumerate(arrays["names"].tolist())},
-                signatures=arrays["signatures"].tolist(),
-                samples=arrays["samples"],
-                kinds=[tuple(kind.split()) for kind in arrays["kinds"].tolist()],
-                kind=arrays["kind"],
-                uniform=arrays["uniform"],
-                places=arrays["places"],
-            )
-    except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile):
+        arrays = read_npz(table)
+        return Catalog(
+            url=url,
+            base=HEAD.size + length,
+            names={n.decode(): row for row, n in enumerate(arrays["names"].tolist())},
+            signatures=arrays["signatures"].tolist(),
+            samples=arrays["samples"],
+            kinds=[tuple(kind.split()) for kind in arrays["kinds"].tolist()],
+            kind=arrays["kind"],
+            uniform=arrays["uniform"],
+            places=arrays["places"],
+        )
+    except (OSError, ValueError, KeyError, struct.error):
         return None
 
 

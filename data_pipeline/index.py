@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.headers import Member, read_members
+from data_pipeline.npy import read_npz
 from data_pipeline.storage import Facts, describe, facts, resolve
 from data_pipeline.wds2idx import import_idx
 from flows.errors import UserError
@@ -137,12 +137,12 @@ def encode(index: ShardIndex, signature: str) -> bytes:
 def decode(content: bytes, url: str, signature: str) -> ShardIndex | None:
     """A stored index, or None if it is damaged or was made for other content."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            if str(arrays["signature"]) != signature:
-                return None
-            extensions = tuple(str(name) for name in arrays["extensions"])
-            index = ShardIndex(url, arrays["keys"], extensions, arrays["offsets"], arrays["sizes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(content)
+        if str(arrays["signature"]) != signature:
+            return None
+        extensions = tuple(str(name) for name in arrays["extensions"])
+        index = ShardIndex(url, arrays["keys"], extensions, arrays["offsets"], arrays["sizes"])
+    except (ValueError, KeyError):
         return None
     shape = (len(index.keys), len(extensions))
     return index if index.offsets.shape == index.sizes.shape == shape else None

@@ -7,11 +7,9 @@ user's cache folder beside the indexes, for as long as the shard has not changed
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.index import ShardIndex, look_at, open_index, signature_of
+from data_pipeline.npy import read_npz
 from data_pipeline.order import Int64
 from data_pipeline.reader import RangeReader
 from data_pipeline.samples import LABEL, Samples, member_range, parse_label
@@ -184,11 +183,11 @@ def _cache_file(url: str, signature: str) -> Path:
 
 def _load(stored: Path, signature: str) -> Int64 | None:
     try:
-        with np.load(io.BytesIO(stored.read_bytes()), allow_pickle=False) as arrays:
-            if str(arrays["signature"]) != signature:
-                return None
-            return np.asarray(arrays["rows"], np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_npz(stored.read_bytes())
+        if str(arrays["signature"]) != signature:
+            return None
+        return np.asarray(arrays["rows"], np.int64)
+    except (OSError, ValueError, KeyError):
         return None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.augment import Views
 from data_pipeline.decode.images import UPRIGHT, BadImages, Picture
 from data_pipeline.description import Latents, folder_of, read_description
+from data_pipeline.npy import read_npy
 from flows.errors import UserError
 
 TEXT, POOLED = "text.npy", "pooled.npy"
@@ -26,18 +27,15 @@ def write_array(values: NDArray[np.generic]) -> bytes:
 
 def read_array(content: bytes, name: str) -> NDArray[np.floating]:
     """The numbers of a `.npy` file, not copied; raises UserError naming it if it is damaged."""
-    stream = io.BytesIO(content)
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("it is not of format 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if fortran or dtype.kind != "f":
-            raise ValueError(f"its numbers are {dtype}")
-        return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
-    except (ValueError, EOFError, OSError) as error:
+        values = read_npy(content)
+        if values.dtype.kind != "f" or not values.flags.c_contiguous:
+            raise ValueError(f"its numbers are {values.dtype}, or not in order")
+    except ValueError as error:
         raise UserError(
             f"{name}: its array ({len(content)} bytes) is damaged: {error}; encode its shard again"
         ) from error
+    return values
 
 
 def latents_of(urls: Sequence[str]) -> Latents:
