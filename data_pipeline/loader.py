@@ -129,7 +129,7 @@ class Share:
             parts = [
                 part if part.is_cuda or part.is_pinned() else part.pin_memory() for part in parts
             ]
-        return Loaded(Batch(*parts), read.rows.bad)
+        return Loaded(Batch(parts[0], parts[1], parts[2]), read.rows.bad)
 
     def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
         """As the stream does, for the thread that reads and for the one that decodes."""

@@ -1,8 +1,8 @@
-"""Normalisation without weights of its own, modulated by a condition (adaptive norm)."""
+"""Normalisations, and how a condition modulates them (adaptive norm)."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 EPSILON = 1e-6
 
@@ -31,3 +31,21 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     gate: (batch, 1, width)
     """
     return torch.addcmul(x, gate, update)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight) over the last dimension; statistics in float32.
+
+    Zhang and Sennrich 2019. With `offset` 1 the weight is stored as its distance from 1 and starts
+    at 0, as in STARFlow; with `offset` 0 it starts at 1.
+    """
+
+    def __init__(self, width: int, *, epsilon: float = EPSILON, offset: float = 0.0) -> None:
+        super().__init__()
+        self.epsilon, self.offset = epsilon, offset
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width), in the dtype of `x`."""
+        weight = self.weight.float() + self.offset
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.epsilon).to(x.dtype)

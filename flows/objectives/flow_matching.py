@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.batch import Batch
-from flows.objectives.objective import Prepared
+from flows.objectives.objective import Couple, Prepared
 from flows.paths import Path
 from flows.randomness import Draw
 from flows.times import TimeDistribution
@@ -33,6 +33,11 @@ class FlowMatching:
     label_drop: float
     null_label: int
     time: TimeDistribution
+
+    @property
+    def couple(self) -> Couple | None:
+        """None: samples are independent."""
+        return None
 
     def prepare(self, batch: Batch, draw: Draw) -> Prepared:
         """Noise, time and label drop by sample key, on the device of `draw.samples`."""

@@ -1,7 +1,8 @@
-"""What an objective is: two pure functions around the network."""
+"""What an objective is: two pure functions around the network, and one around the global batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,11 +24,23 @@ class Prepared:
     time: Tensor | None
 
 
+# (batch, whole, seed, step) -> batch with what the samples of the global batch `whole` make of each
+# other in its extras. `whole` holds all samples of the step in the order of their positions,
+# whichever rank has them, so that no layout changes a pairing.
+Couple = Callable[[Batch, Batch, int, int], Batch]
+
+
 class Objective(Protocol):
-    """`prepare` draws all randomness by sample key; `loss` is deterministic."""
+    """`prepare` draws all randomness by sample key; `loss` is deterministic.
+
+    couple: for objectives whose samples depend on each other; None where they do not
+    """
+
+    @property
+    def couple(self) -> Couple | None: ...
 
     def prepare(self, batch: Batch, draw: Draw) -> Prepared: ...
 
-    def loss(self, outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Any, targets: dict[str, Tensor]) -> Tensor:
         """(batch,) loss of each sample, in float32."""
         ...

@@ -1,0 +1,36 @@
+"""Rotary positions: adjacent pairs of features turn by angles that grow with the place.
+
+Su et al. 2021, "RoFormer", section 3.2. Features 2i and 2i + 1 make a pair, as in STARFlow,
+LightningDiT and FLUX.
+"""
+
+import torch
+from torch import Tensor
+
+BASE = 10_000.0
+
+
+def axis_angles(place: Tensor, pairs: int, base: float = BASE) -> Tensor:
+    """(tokens, pairs) float64 angles place * base^(-j / pairs), j = 0 ... pairs - 1.
+
+    place: (tokens,) coordinate of each token along one axis
+    """
+    order = torch.arange(pairs, dtype=torch.float64, device=place.device)
+    return place.to(torch.float64)[:, None] * base ** (-order / pairs)
+
+
+def turns(angles: Tensor) -> Tensor:
+    """(2, tokens, pairs) float32: cosines and sines of float64 angles."""
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for every pair of features, in the dtype of `x`.
+
+    x: (..., tokens, 2 * pairs)
+    turn: (2, tokens, pairs), see `turns`
+    """
+    cosine, sine = turn.unbind(0)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
