@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.dit import DiT
+from flows.samplers.guidance import Condition, null_condition
 from flows.samplers.sampler import sample
 from parallel.engines.engine import Engine
 from parallel.processes import choose_device
@@ -54,20 +55,21 @@ def draw_samples(
     """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
     objective, section, data = build_objective(recipe), recipe.sample, recipe.data
 
-    def velocity(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        return objective.velocity(forward(x=x, t=t, label=label), x, t)
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return objective.velocity(forward(x=x, t=t, **condition), x, t)
 
     images, calls = [], 0
     for part in torch.arange(len(labels)).split(BATCH):
+        condition = {"label": labels[part].to(device)}
         drawn = sample(
             velocity,
-            labels[part].to(device),
+            condition,
+            null_condition(condition, objective.null_label),
             ids[part].to(device),
             shape=(data.channels, data.image_size, data.image_size),
             seed=recipe.seed,
             path=objective.path,
             prediction=objective.prediction,
-            null_label=objective.null_label,
             **section.model_dump(exclude={"every", "count"}),
         )
         images.append(to_images(recipe, drawn.sample, device))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flows.paths import Path, Prediction
 from flows.randomness import Draw
-from flows.samplers.guidance import Field, Guidance, Velocity
+from flows.samplers.guidance import Condition, Field, Guidance, Velocity
 from flows.samplers.ode import solve_ode
 from flows.samplers.sde import Diffusion, solve_sde
 from flows.times import shift_time
@@ -35,14 +35,14 @@ def time_grid(steps: int, low: float, high: float, shift: float) -> list[float]:
 @torch.no_grad()
 def sample(
     velocity: Velocity,
-    label: Tensor,
+    condition: Condition,
+    null: Condition,
     samples: Tensor,
     *,
     shape: tuple[int, ...],
     seed: int,
     path: Path,
     prediction: Prediction,
-    null_label: int,
     solver: Solver,
     steps: int,
     guidance: float,
@@ -52,13 +52,15 @@ def sample(
     diffusion_scale: float,
     time_shift: float,
 ) -> Sampled:
-    """Draw the samples of the given indices; each depends on (seed, its index, its label) alone.
+    """Draw the samples of the given indices; each depends on (seed, its index, its condition)
+    alone.
 
     (But for `dopri5`, whose steps suit the whole batch: there this holds within its tolerance.)
 
     velocity: what the network's prediction implies; called with x (batch, *shape), t (batch,) and
-        label (batch,), the batch being twice as large where it is guided
-    label: (batch,) int64 class asked for
+        a condition, the batch being twice as large where it is guided
+    condition: what is asked for, each value (batch, ...)
+    null: what guidance leads away from, usually `guidance.null_condition`
     samples: (batch,) int64 index of each sample, on the device of the result
     shape: of one sample
     prediction: what the network predicts, which decides how close to the ends it may be asked
@@ -67,7 +69,7 @@ def sample(
     """
     support = path.support(prediction, sampling=True)
     times = time_grid(steps, support.low, support.high, time_shift)
-    field = Field(velocity, label, Guidance(guidance, guidance_low, guidance_high, null_label))
+    field = Field(velocity, condition, null, Guidance(guidance, guidance_low, guidance_high))
     noise = Draw(seed, 0, samples).normal("sample_noise", shape)
     if solver == "sde":
         x = solve_sde(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flows.initialise import initialise
 from flows.models.dit import DiT, DiTConfig
-from flows.samplers.guidance import Field, Guidance
+from flows.samplers.guidance import Condition, Field, Guidance, Velocity, null_condition
 
 NULL = 9
 LABEL = torch.tensor([3, 0, 7])
@@ -19,19 +19,25 @@ class Recorder:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        label = condition["label"]
         assert len(x) == len(t) == len(label)
         self.batches.append(len(x))
         return torch.sin(3.0 * x + (t + label).reshape(-1, 1, 1, 1))
 
 
+def field_of(velocity: Velocity, guidance: Guidance) -> Field:
+    condition = {"label": LABEL}
+    return Field(velocity, condition, null_condition(condition, NULL), guidance)
+
+
 def plain(label: Tensor, t: float) -> Tensor:
-    return Recorder()(X, torch.full((len(X),), t), label)
+    return Recorder()(X, torch.full((len(X),), t), {"label": label})
 
 
 def guided(scale: float, low: float = 0.0, high: float = 1.0) -> tuple[Field, Recorder]:
     velocity = Recorder()
-    return Field(velocity, LABEL, Guidance(scale, low, high, NULL)), velocity
+    return field_of(velocity, Guidance(scale, low, high)), velocity
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
@@ -76,12 +82,40 @@ def test_a_network_that_ignores_its_label_is_not_changed_by_guidance() -> None:
     for name, weight in model.named_parameters():
         weight.data.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
     model.label.weight.data.fill_(0.1)
-    fields = [Field(model, LABEL, Guidance(scale, 0.0, 1.0, NULL)) for scale in (1.0, 5.0)]
+    fields = [
+        field_of(lambda x, t, asked: model(x, t, **asked), Guidance(scale, 0.0, 1.0))
+        for scale in (1.0, 5.0)
+    ]
     torch.testing.assert_close(fields[0](X, 0.3), fields[1](X, 0.3))
     model.label.weight.data[NULL] += 1.0
     assert not torch.allclose(fields[0](X, 0.3), fields[1](X, 0.3))
 
 
 def test_velocities_are_float32_whatever_the_network_computes_in() -> None:
-    field = Field(lambda x, t, label: x.bfloat16(), LABEL, Guidance(2.0, 0.0, 1.0, NULL))
+    field = field_of(lambda x, t, condition: x.bfloat16(), Guidance(2.0, 0.0, 1.0))
     assert field(X, 0.3).dtype == torch.float32
+
+
+def test_every_part_of_a_condition_has_its_null() -> None:
+    """A dropped text is all zeros, as a dropped label is the null label."""
+    text = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1))
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        shift = condition["text"].mean((1, 2)) + condition["label"]
+        return torch.cos(x) * shift.reshape(-1, 1, 1, 1)
+
+    both = {"label": LABEL, "text": text}
+    null = null_condition(both, NULL)
+    assert torch.equal(null["label"], torch.full((3,), NULL))
+    assert torch.equal(null["text"], torch.zeros(3, 5, 2))
+    t = torch.full((3,), 0.4)
+    expected = torch.lerp(velocity(X, t, null), velocity(X, t, both), 3.0)
+    torch.testing.assert_close(
+        Field(velocity, both, null, Guidance(3.0, 0.0, 1.0))(X, 0.4), expected
+    )
+    # Away from another text instead: a negative prompt.
+    negative = {"label": LABEL, "text": text.flip(0)}
+    expected = torch.lerp(velocity(X, t, negative), velocity(X, t, both), 3.0)
+    torch.testing.assert_close(
+        Field(velocity, both, negative, Guidance(3.0, 0.0, 1.0))(X, 0.4), expected
+    )

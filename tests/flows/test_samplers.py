@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flows.paths import GVP, LINEAR, PATHS, VP, Path
 from flows.randomness import Draw
+from flows.samplers.guidance import Condition, null_condition
 from flows.samplers.ode import solve_ode
 from flows.samplers.sampler import Sampled, sample, time_grid
 from flows.samplers.sde import diffusion_coefficient
@@ -27,10 +28,10 @@ class GaussianVelocity:
         self.path = path
         self.times: list[float] = []
 
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert bool((t == t[0]).all())
         self.times.append(t[0].item())
-        mean = MEAN + label.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+        mean = MEAN + condition["label"].to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
         c = self.path.coefficients(t, x.dim())
         variance = c.alpha * c.alpha * STD**2 + c.sigma * c.sigma
         slope = (c.alpha_dot * c.alpha * STD**2 + c.sigma_dot * c.sigma) / variance
@@ -39,14 +40,15 @@ class GaussianVelocity:
 
 def draw(path: Path, velocity: GaussianVelocity | None = None, **changes) -> Sampled:
     count = len(changes.get("samples", range(4)))
+    condition = {"label": changes.pop("label", torch.zeros(count, dtype=torch.int64))}
     arguments = {
-        "label": torch.zeros(count, dtype=torch.int64),
+        "condition": condition,
+        "null": null_condition(condition, 7),
         "samples": torch.arange(count),
         "shape": (5,),
         "seed": 3,
         "path": path,
         "prediction": "velocity",
-        "null_label": 7,
         "solver": "euler",
         "steps": 20,
         "guidance": 1.0,
@@ -69,7 +71,7 @@ def exact(path: Path, noise: Tensor, low: float, high: float) -> Tensor:
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
 def test_solvers_converge_at_their_order(path: Path, solver: str, order: int) -> None:
-    velocity, label = GaussianVelocity(path), torch.zeros(4)
+    velocity, condition = GaussianVelocity(path), {"label": torch.zeros(4)}
     noise = torch.linspace(-2.0, 2.0, 20, dtype=torch.float64).reshape(4, 5)
     # VP's velocity has no bound at t = 1; the order is that of the smooth part.
     high = 0.9 if path is VP else 1.0
@@ -80,7 +82,7 @@ def test_solvers_converge_at_their_order(path: Path, solver: str, order: int) ->
         order = 3
 
     def field(x: Tensor, t: float) -> Tensor:
-        return velocity(x, x.new_full((len(x),), t), label)
+        return velocity(x, x.new_full((len(x),), t), condition)
 
     errors = []
     for steps in (80, 160):
