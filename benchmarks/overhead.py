@@ -22,8 +22,7 @@ from torch import Tensor
 from data_pipeline.loader import Loader
 from flows.batch import Batch
 from flows.errors import UserError
-from flows.initialise import initialise
-from flows.models.dit import DiT
+from flows.initialise import Initialisable, initialise
 from flows.randomness import Draw
 from parallel.processes import start, stop
 from trainer.assembly import build_objective, plan
@@ -130,8 +129,8 @@ def hand_written_loop(
     recipe: Recipe, batches: list[Batch], device: torch.device
 ) -> tuple[dict[str, Tensor], Callable[[int], None]]:
     """Plain PyTorch: the weights, and a function that trains them one step."""
-    model = DiT(plan(recipe, 1).model).to(device)
-    initialise(model, recipe.seed)
+    model = plan(recipe, 1).model.build().to(device)
+    initialise(cast(Initialisable, model), recipe.seed)
     named = dict(model.named_parameters())
     section = recipe.optimizer
     groups = [

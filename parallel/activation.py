@@ -4,6 +4,8 @@ Memory for the activations of every n-th block falls to its input, for one more 
 block. The recomputed numbers are the same ones, so the gradients are too.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -11,9 +13,18 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 
-def checkpoint_blocks(blocks: nn.ModuleList, every: int) -> None:
-    """Wrap every n-th block in place; 0: none, 1: all, 2: the first, third, fifth..."""
+def checkpoint_blocks(model: nn.Module, blocks: Sequence[nn.Module], every: int) -> None:
+    """Wrap every n-th block of `model` in place; 0: none, 1: all, 2: the first, third, fifth...
+
+    blocks: modules of `model`, wherever they are in it
+    """
     if every == 0:
         return
-    for index in range(0, len(blocks), every):
-        blocks[index] = checkpoint_wrapper(blocks[index], CheckpointImpl.NO_REENTRANT)
+    chosen = set(blocks[::every])
+    for name, module in list(model.named_modules()):
+        if module in chosen:
+            parent, _, own = name.rpartition(".")
+            holder = model.get_submodule(parent)
+            wrapped = checkpoint_wrapper(module, CheckpointImpl.NO_REENTRANT)
+            # Containers are reached by attribute as well, under the name of the place.
+            holder.register_module(own, wrapped)

@@ -6,6 +6,8 @@ gradients are averaged over `replicate` after they have been cut.
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,7 @@ from parallel.mesh import Layout
 
 def shard_model(
     model: nn.Module,
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     mesh: DeviceMesh,
     layout: Layout,
     *,
@@ -53,3 +55,23 @@ def release_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def held_whole(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
+    """Within, every rank holds all of `model`, so that its parts can be called in any order, alone.
+
+    reshard_after_forward: as the model was cut with; in force again at the end
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(
+                reshard_after_forward and part is not model, recurse=False
+            )
+            part.reshard()

@@ -1,5 +1,6 @@
 """From a model on the meta device to one that lies over the ranks, in the order that matters."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -22,7 +23,7 @@ class FlowModel(Initialisable, Protocol):
     """
 
     @property
-    def blocks(self) -> nn.ModuleList: ...
+    def blocks(self) -> Sequence[nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def parallelize(
     rules = rules_of(described)
     names = [name for name, _ in model.named_parameters()]
 
-    checkpoint_blocks(described.blocks, checkpoint_activations)
+    checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
         for block in described.blocks:
             block.compile(fullgraph=True)

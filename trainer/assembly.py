@@ -9,15 +9,15 @@ import torch
 from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
 from flows.errors import UserError
-from flows.models.dit import DiT, DiTConfig
-from flows.models.zoo import dit_config
+from flows.models.family import Architecture, architecture
+from flows.models.zoo import FAMILIES
 from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
 from trainer.checkpoints.store import latest_whole
 from trainer.latents import check_latents
-from trainer.recipe import Recipe
+from trainer.recipe import ObjectiveSection, Recipe
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
 
@@ -28,7 +28,7 @@ class Plan:
 
     recipe: Recipe  # its length in steps, whatever unit it was given in
     layout: Layout
-    model: DiTConfig
+    model: Architecture
     stream: Stream
 
     @property
@@ -49,14 +49,9 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
             f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
             f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
         )
-    if recipe.sample.every and recipe.sample.solver == "dopri5" and layout.shard > 1:
-        raise UserError(
-            "sample.solver = dopri5 takes a different number of steps on each rank, which a sharded "
-            "model cannot serve while training; use heun, or sample.every=0 and `flowmill sample`."
-        )
-    model = model_config(recipe)
+    model = model_architecture(recipe)
     with torch.device("meta"):
-        DiT(model)
+        model.build()
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
     return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
@@ -82,20 +77,17 @@ def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:
     return recipe.model_copy(update={"train": train.model_copy(update=in_units)})
 
 
-def model_config(recipe: Recipe) -> DiTConfig:
+def model_architecture(recipe: Recipe) -> Architecture:
     """The model's sizes: those of its published name, with any key of the recipe put over them."""
     section, data = recipe.model, recipe.data
-    return dit_config(
-        name=section.name,
-        patch=section.patch,
-        width=section.width,
-        depth=section.depth,
-        heads=section.heads,
-        learn_sigma=section.learn_sigma,
-        image_size=data.image_size,
-        channels=data.channels,
-        classes=data.classes,
-    )
+    sizes = {
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "classes": data.classes,
+        "text_width": 0,
+        "text_tokens": 0,
+    }
+    return architecture(FAMILIES[section.family], section.name, section.own_keys(), sizes)
 
 
 def training_stream(recipe: Recipe) -> Stream:
@@ -118,6 +110,8 @@ def training_stream(recipe: Recipe) -> Stream:
 def build_objective(recipe: Recipe) -> FlowMatching:
     """The objective of the recipe, as the model and the samplers need it."""
     section = recipe.objective
+    if not isinstance(section, ObjectiveSection):
+        raise TypeError(f"there is no objective of a {type(section).__name__}")
     return FlowMatching(
         path=path_named(section.path),
         prediction=section.prediction,

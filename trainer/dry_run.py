@@ -9,7 +9,7 @@ import torch
 from data_pipeline.faults import Tolerance
 from data_pipeline.samples import Samples
 from flows.errors import UserError
-from flows.models.dit import DiT, parameter_count, train_flops
+from flows.models.family import parameter_count
 from trainer.assembly import Plan, plan
 from trainer.checkpoints.store import list_checkpoints, none_whole
 from trainer.recipe import Recipe
@@ -43,7 +43,7 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
         check_address(recipe.tracking.uri)
     changed = check_resume(run, recipe)
     with torch.device("meta"):
-        parameters = parameter_count(DiT(made.model), trainable_only=True)
+        parameters = parameter_count(made.model.build())
     checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
     free = _free_disk(run.root)
     count = recipe.checkpoint.keep + 1
@@ -56,7 +56,7 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
     return [
         *_layout_checks(made),
         Check("model", f"{parameters:,} trainable parameters"),
-        Check("step", f"{train_flops(made.model) * recipe.train.batch / 1e9:.1f} GFLOP"),
+        Check("step", f"{made.model.train_flops * recipe.train.batch / 1e9:.1f} GFLOP"),
         Check("memory a rank", f"{_size(_state_bytes(made, parameters))} before activations"),
         *_data_checks(made),
         Check("checkpoint", f"{_size(checkpoint_bytes)} each, {_size(free)} free"),

@@ -6,35 +6,30 @@ written back, complete, into the run's folder. Nothing in the environment change
 
 import difflib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
-    ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from data_pipeline.credentials import check_address, check_options
 from flows.errors import UserError
+from flows.models.family import Kind
+from flows.models.zoo import FAMILIES
+from trainer.model_section import ModelSection, chosen_family, section_of
 from trainer.refusals import refusals
+from trainer.section import Below1, Fraction, Positive, Ratio, Section, Share, Text
 from trainer.yaml_text import parse_yaml, read_yaml
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Text = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Ratio = Annotated[float, Field(gt=0.0)]
 
 
 def _scalar(value: object) -> object:
@@ -44,24 +39,6 @@ def _scalar(value: object) -> object:
 
 
 Scalar = Annotated[Any, AfterValidator(_scalar)]
-
-
-class Section(BaseModel):
-    """Unknown keys, infinite numbers and a yes or no for a number are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's yes, on and true would pass for the number 1."""
-        wanted = cls.model_fields[str(info.field_name)].annotation
-        parts = value if isinstance(value, list) else [value]
-        if bool not in (wanted, *get_args(wanted)) and any(
-            isinstance(part, bool) for part in parts
-        ):
-            raise PydanticCustomError("yes_or_no", "a yes or no")
-        return value
 
 
 class RunSection(Section):
@@ -204,20 +181,6 @@ class DataSection(Section):
         return self.class_names or [str(label) for label in range(self.classes)]
 
 
-class ModelSection(Section):
-    """A published name, or a size of your own; a name and a key together change that key alone."""
-
-    name: str | None = Field(None, description="a name of the zoo, e.g. SiT-S/2")
-    family: Literal["dit"] = "dit"
-    patch: Positive | None = None
-    width: Positive | None = None
-    depth: Positive | None = None
-    heads: Positive | None = None
-    learn_sigma: bool | None = Field(
-        None, description="two outputs a channel, as DiT has (the second is unused); null: by name"
-    )
-
-
 class TimeSection(Section):
     kind: Literal["uniform", "logit_normal"] = "uniform"
     mean: float = 0.0
@@ -227,14 +190,22 @@ class TimeSection(Section):
     )
 
 
-class ObjectiveSection(Section):
+class AnyObjective(Section):
+    """What every objective has."""
+
+    kind: str = ""
+    label_drop: Fraction = Field(0.1, description="share of labels and texts hidden, for guidance")
+
+
+class ObjectiveSection(AnyObjective):
+    """Flow matching, for models that predict a velocity."""
+
     kind: Literal["flow_matching"] = "flow_matching"
     path: Literal["linear", "gvp", "vp"] = "linear"
     prediction: Literal["velocity", "data", "noise"] = "velocity"
     weighting: Literal["none", "velocity"] = Field(
         "none", description="velocity: the loss of the velocity that the prediction implies"
     )
-    label_drop: Fraction = Field(0.1, description="share of labels hidden, for guidance")
     time: TimeSection = TimeSection()
 
 
@@ -309,17 +280,49 @@ class CheckpointSection(Section):
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
-class SampleSection(Section):
+class AnySampling(Section):
+    """What every way of sampling has."""
+
     every: Annotated[int, Field(ge=0)] = Field(0, description="steps between sample grids; 0: none")
     count: Positive = Field(40, description="samples in a grid while training")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="1: none")
+
+    @property
+    def guided(self) -> bool:
+        """Whether samples are drawn with guidance, which needs a model that saw hidden labels."""
+        raise TypeError(f"{type(self).__name__} does not say what guidance is")
+
+    def in_words(self) -> str:
+        """How samples are drawn, as far as one line holds it."""
+        raise TypeError(f"{type(self).__name__} does not say how it samples")
+
+
+class SampleSection(AnySampling):
+    """Of a velocity model: solving its differential equation."""
+
     solver: Literal["euler", "heun", "midpoint", "dopri5", "sde"] = "euler"
     steps: Positive = Field(20, description="solver steps from noise to data")
-    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="1: none")
     guidance_low: Fraction = Field(0.0, description="guided where low <= t < high")
     guidance_high: Fraction = 1.0
     diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "bump"] = "sigma"
     diffusion_scale: Annotated[float, Field(ge=0)] = 1.0
     time_shift: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != 1.0
+
+    def in_words(self) -> str:
+        return f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}"
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> "SampleSection":
+        if self.guidance_low >= self.guidance_high:
+            raise ValueError(
+                f"sample.guidance_low = {self.guidance_low} is not below sample.guidance_high = "
+                f"{self.guidance_high}; lower it, for guidance acts where low <= t < high"
+            )
+        return self
 
 
 class TrackingSection(Section):
@@ -361,17 +364,19 @@ def _check_latents(data: DataSection, pictures: bool) -> None:
 
 
 class Recipe(Section):
+    """A whole run. Its model, objective and sampling have the keys of the model's family."""
+
     name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     run: RunSection
     data: DataSection
     model: ModelSection
-    objective: ObjectiveSection = ObjectiveSection()
+    objective: AnyObjective = AnyObjective()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    sample: SampleSection = SampleSection()
+    sample: AnySampling = AnySampling()
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
@@ -384,16 +389,10 @@ class Recipe(Section):
                 f"data.class_names lists {len(names)} names for data.classes = {classes} classes; "
                 "give one for each"
             )
-        low, high = self.sample.guidance_low, self.sample.guidance_high
-        if low >= high:
-            raise ValueError(
-                f"sample.guidance_low = {low} is not below sample.guidance_high = {high}; "
-                "lower it, for guidance acts where low <= t < high"
-            )
-        if self.sample.guidance != 1.0 and self.objective.label_drop == 0.0:
+        if self.sample.guided and self.objective.label_drop == 0.0:
             raise ValueError(
                 f"sample.guidance = {self.sample.guidance} needs a model that saw hidden labels; "
-                "set objective.label_drop (0.1 is usual) or sample.guidance=1"
+                "set objective.label_drop (0.1 is usual), or drop sample.guidance"
             )
         if self.optimizer.final_lr > self.optimizer.lr:
             raise ValueError(
@@ -408,6 +407,25 @@ class Recipe(Section):
                 "empty; give train.ema a decay (0.999 is usual), or set sample.every=0"
             )
         return self
+
+
+# Kind of a family -> the sections of its objective and its sampling.
+KINDS: dict[Kind, tuple[type[AnyObjective], type[AnySampling]]] = {
+    "velocity": (ObjectiveSection, SampleSection),
+}
+
+
+@lru_cache
+def recipe_of(family: str) -> type[Recipe]:
+    """The recipe of one family of models: what such a recipe may say, and no more."""
+    objective, sample = KINDS[FAMILIES[family].kind]
+    return create_model(
+        "Recipe",
+        __base__=Recipe,
+        model=(section_of(family), ...),
+        objective=(objective, objective()),
+        sample=(sample, sample()),
+    )
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
@@ -441,10 +459,14 @@ def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()
     overrides: those that `data` came through; a key that one of them set is theirs, not the file's
     """
     try:
-        return Recipe.model_validate(data)
+        kind = recipe_of(chosen_family(data.get("model")))
+    except UserError as error:
+        raise UserError(f"{_origin('model.name', where, overrides)}: {error}") from None
+    try:
+        return kind.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{_origin(name, where, overrides)}: {line}" for name, line in refusals(error, Recipe)
+            f"{_origin(name, where, overrides)}: {line}" for name, line in refusals(error, kind)
         ]
         raise UserError("\n".join(lines)) from None
 

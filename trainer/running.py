@@ -24,7 +24,6 @@ from data_pipeline.augment import Augment
 from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
 from flows.errors import UserError
-from flows.models.dit import DiT, train_flops
 from parallel.clock import Clock
 from parallel.engines.native import NativeEngine, OptimizerFactory
 from parallel.mesh import build_mesh
@@ -119,7 +118,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
     recipe, layout = made.recipe, made.layout
     clock = Clock(ranks.device)
     with torch.device("meta"):
-        model = DiT(made.model)
+        model = made.model.build()
     engine = NativeEngine(
         model,
         layout,
@@ -135,7 +134,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
     )
     telemetry = Telemetry(
         batch=recipe.train.batch,
-        flops=train_flops(made.model),
+        flops=made.model.train_flops,
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
         budget=Budget(recipe.data.max_bad_fraction, made.stream.samples),

@@ -1,27 +1,23 @@
 """Samples from a model, shared out over the ranks that hold it, or by one process from a checkpoint."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.errors import UserError
-from flows.models.dit import DiT
 from flows.samplers.guidance import Condition, null_condition
-from flows.samplers.sampler import sample
+from flows.samplers.sampler import Sampled, sample
 from parallel.engines.engine import Engine
 from parallel.processes import choose_device
-from trainer.assembly import build_objective, model_config
+from trainer.assembly import build_objective, model_architecture
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.latents import to_images
-from trainer.recipe import Recipe, override_recipe
+from trainer.recipe import Recipe, SampleSection, override_recipe
 from trainer.run_folder import RunFolder
 
 BATCH = 128  # samples in one network call: bounds memory, changes no sample
-
-Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,35 +42,46 @@ def balanced_labels(count: int, classes: int) -> Tensor:
 
 
 def draw_samples(
-    forward: Forward,
+    model: nn.Module,
     recipe: Recipe,
     labels: Tensor,
     ids: Tensor,
     device: torch.device,
 ) -> Samples:
     """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
-    objective, section, data = build_objective(recipe), recipe.sample, recipe.data
-
-    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return objective.velocity(forward(x=x, t=t, **condition), x, t)
-
     images, calls = [], 0
     for part in torch.arange(len(labels)).split(BATCH):
-        condition = {"label": labels[part].to(device)}
-        drawn = sample(
-            velocity,
-            condition,
-            null_condition(condition, objective.null_label),
-            ids[part].to(device),
-            shape=(data.channels, data.image_size, data.image_size),
-            seed=recipe.seed,
-            path=objective.path,
-            prediction=objective.prediction,
-            **section.model_dump(exclude={"every", "count"}),
-        )
+        drawn = _integrate(model, recipe, labels[part].to(device), ids[part].to(device))
         images.append(to_images(recipe, drawn.sample, device))
         calls = max(calls, drawn.network_calls)
     return Samples(torch.cat(images), labels.cpu(), calls)
+
+
+def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+    """Samples of a velocity model: the solution of its differential equation."""
+    objective, section, data = build_objective(recipe), recipe.sample, recipe.data
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return objective.velocity(model(x=x, t=t, **condition).float(), x, t)
+
+    condition = {"label": label}
+    return sample(
+        velocity,
+        condition,
+        null_condition(condition, objective.null_label),
+        ids,
+        shape=(data.channels, data.image_size, data.image_size),
+        seed=recipe.seed,
+        path=objective.path,
+        prediction=objective.prediction,
+        **section.model_dump(exclude={"every", "count"}),
+    )
+
+
+def calls_parts(recipe: Recipe) -> bool:
+    """Whether sampling calls parts of the network, or the whole of it differently often on each rank."""
+    section = recipe.sample
+    return not isinstance(section, SampleSection) or section.solver == "dopri5"
 
 
 def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
@@ -88,7 +95,10 @@ def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
     mine = torch.arange(engine.data_rank * share, (engine.data_rank + 1) * share)
     own = mine.remainder(count)
     with ema.applied(engine.parameters(), recipe.train.ema[0]):
-        drawn = draw_samples(engine.forward, recipe, labels[own], own, engine.device)
+        drawn = engine.run(
+            lambda model: draw_samples(model, recipe, labels[own], own, engine.device),
+            whole=calls_parts(recipe),
+        )
     images = torch.zeros(share * engine.data_size, *drawn.images.shape[1:], device=engine.device)
     images[mine] = drawn.images.to(engine.device)
     together = engine.sum_over_data(images)[:count].cpu()
@@ -101,7 +111,7 @@ def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
     newest = latest_whole(run.checkpoints)
     if newest is None:
         raise UserError(f"{run.root} has no whole checkpoint yet; train it first.")
-    model = DiT(model_config(recipe)).to(device).eval()
+    model = model_architecture(recipe).build().to(device).eval()
     prefix = f"ema.{recipe.train.ema[0]}." if recipe.train.ema else "model."
     weights = {f"{prefix}{name}": weight.data for name, weight in model.named_parameters()}
     state = load(newest, weights, prefix=prefix)

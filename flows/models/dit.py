@@ -41,7 +41,7 @@ class DiTConfig:
     width: int
     depth: int
     heads: int
-    learn_sigma: bool
+    learn_sigma: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch:

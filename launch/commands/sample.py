@@ -65,8 +65,7 @@ def how_drawn(recipe: "Recipe", drawn: "Samples") -> dict[str, object]:
 
 def how_in_words(recipe: "Recipe") -> str:
     """The same for people, as far as one line holds it."""
-    section = recipe.sample
-    return f"{section.solver}, {section.steps} steps, guidance {section.guidance:g}, seed {recipe.seed}"
+    return f"{recipe.sample.in_words()}, seed {recipe.seed}"
 
 
 def check_picture(option: str, path: Path) -> None:

@@ -1,14 +1,16 @@
 """The protocol between the training loop and whatever moves the model: all that the loop knows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Engine(Protocol):
         """`values` summed over the ranks that read different samples."""
         ...
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """The network without gradients, for sampling; a collective where the model is sharded."""
+    def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
+        """`function` of the network in evaluation, without gradients; a collective where it is sharded.
+
+        whole: hold all of the network on every rank meanwhile, so that `function` may call parts of it
+            or call it differently often on each rank; otherwise it calls the network itself, on all
+            ranks as often
+        """
         ...

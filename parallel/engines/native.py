@@ -20,8 +20,8 @@ from flows.batch import Batch
 from flows.objectives.objective import Objective
 from flows.randomness import Draw
 from parallel.clock import Clock
-from parallel.engines.engine import StepResult
-from parallel.fsdp import release_gathered
+from parallel.engines.engine import StepResult, T
+from parallel.fsdp import held_whole, release_gathered
 from parallel.gradients import clip_gradients
 from parallel.mesh import DATA_AXES, Layout, data_rank
 from parallel.parallelize import parallelize
@@ -57,6 +57,7 @@ class NativeEngine:
         self.data_rank = data_rank(mesh)
         self.data_size = layout.data_size
         self._clock, self._precision, self._compiled = clock, precision, compile
+        self._reshard_after_forward = reshard_after_forward
         self._data_groups = [mesh.get_group(axis) for axis in DATA_AXES if mesh[axis].size() > 1]
         self._model = parallelize(
             model,
@@ -128,15 +129,17 @@ class NativeEngine:
         return total
 
     @torch.no_grad()
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
         model = self._model.bare
+        held = held_whole(model, self._reshard_after_forward) if whole else nullcontext()
         model.eval()
-        with self._sampling_stance(), computing(self._precision, self.device):
-            outputs: Tensor = model(**inputs)
-        model.train()
-        # Without a backward nobody drops them, and the caller may write other weights next.
-        release_gathered(model)
-        return outputs.float()
+        try:
+            with self._sampling_stance(), computing(self._precision, self.device), held:
+                return function(model)
+        finally:
+            model.train()
+            # Without a backward nobody drops them, and the caller may write other weights next.
+            release_gathered(model)
 
     def _step_unless(self, skip: Tensor) -> None:
         """The gradient scaler's way of skipping: the kernels themselves look at `found_inf`."""

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flows.errors import UserError
 from flows.models.dit import DiT, DiTConfig, forward_flops, parameter_count, train_flops
-from flows.models.zoo import SIZES, dit_config
+from flows.models.family import architecture
+from flows.models.zoo import DIT, family_of
 
 # name, patch: all parameters (position table included), 10^9 multiply-adds of a forward;
 # 32 x 32 x 4 latents, 1000 classes.
@@ -24,12 +25,12 @@ PUBLISHED = {
     ("XL", 4): (675_074_432, 29.044),
     ("XL", 8): (675_683_072, 7.392),
 }
-LATENTS = {"image_size": 32, "channels": 4, "classes": 1000}
+LATENTS = {"image_size": 32, "channels": 4, "classes": 1000, "text_width": 0, "text_tokens": 0}
 
 
 def config(name: str | None, **changes) -> DiTConfig:
-    keys = ("patch", "width", "depth", "heads", "learn_sigma")
-    return dit_config(**({"name": name} | dict.fromkeys(keys) | LATENTS | changes))
+    data = {key: changes.pop(key, value) for key, value in LATENTS.items()}
+    return architecture(DIT, name, changes, data).config
 
 
 def on_meta(sizes: DiTConfig) -> DiT:
@@ -58,7 +59,11 @@ def test_published_trainable_and_other_totals() -> None:
 
 @pytest.mark.parametrize("name", ["SiT-XL/2", "SiT-S/8", "SiT-nano/4", "SiT-micro/7", "SiT-tiny/4"])
 def test_the_cost_formula_equals_the_operator_count(name: str) -> None:
-    size = {"image_size": 28, "channels": 1, "classes": 10} if SIZES[name].width < 384 else LATENTS
+    size = (
+        {"image_size": 28, "channels": 1, "classes": 10}
+        if DIT.published[name]["width"] < 384
+        else LATENTS
+    )
     sizes = config(name, **size)
     model = on_meta(sizes)
     side = sizes.image_size
@@ -75,9 +80,9 @@ def test_the_cost_formula_equals_the_operator_count(name: str) -> None:
 
 
 def test_every_name_builds_with_any_image_its_patch_divides() -> None:
-    for name, size in SIZES.items():
-        sizes = config(name, image_size=2 * size.patch, channels=1)
-        assert len(on_meta(sizes).blocks) == size.depth, name
+    for name, size in DIT.published.items():
+        sizes = config(name, image_size=2 * size["patch"], channels=1)
+        assert len(on_meta(sizes).blocks) == size["depth"], name
 
 
 def test_a_key_beside_a_name_changes_that_key_alone() -> None:
@@ -88,7 +93,14 @@ def test_a_key_beside_a_name_changes_that_key_alone() -> None:
 
 def test_a_size_without_a_name_must_be_whole() -> None:
     assert config(None, patch=4, width=64, depth=2, heads=2) == DiTConfig(
-        **LATENTS, patch=4, width=64, depth=2, heads=2, learn_sigma=False
+        image_size=32,
+        channels=4,
+        classes=1000,
+        patch=4,
+        width=64,
+        depth=2,
+        heads=2,
+        learn_sigma=False,
     )
     with pytest.raises(UserError, match=r"incomplete: model.depth, model.heads not set"):
         config(None, patch=4, width=64)
@@ -96,4 +108,4 @@ def test_a_size_without_a_name_must_be_whole() -> None:
 
 def test_a_misspelt_name_is_answered_with_near_ones() -> None:
     with pytest.raises(UserError, match=r"'sit-xl-2' is not in the zoo; .*SiT-XL/2"):
-        config("sit-xl-2")
+        family_of("sit-xl-2")

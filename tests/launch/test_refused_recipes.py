@@ -118,8 +118,6 @@ IMPOSSIBLE = [
      ("sample.guidance = 2.0", "set objective.label_drop")),
     ("names and classes", ["data.class_names=[a,b]"],
      ("data.class_names lists 2 names", "give one for each")),
-    ("adaptive steps and shards", ["sample.every=2", "sample.solver=dopri5", "--ranks", "2"],
-     ("sample.solver = dopri5", "use heun")),
     ("disk", ["model.width=65536", "model.depth=64"], ("run.dir", "free", "choose another folder")),
     ("override without =", ["train.steps"], ("'train.steps' is not section.key=value",)),
     ("override without key", ["=3"], ("'=3' is not section.key=value; write it as in",)),

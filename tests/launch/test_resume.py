@@ -9,7 +9,7 @@ import yaml
 
 import data_pipeline
 from tests.launch.conftest import SHORT, Flowmill, Refused
-from trainer.recipe import Recipe, override_recipe
+from trainer.recipe import build_recipe, override_recipe
 from trainer.run_folder import FIXED, RunFolder, check_resume, open_run
 
 # One changed value for each key that decides the science of a run.
@@ -135,7 +135,7 @@ def test_the_folder_may_move(flowmill: Flowmill, place: Path) -> None:
 
 def test_the_written_recipe_is_the_whole_recipe(place: Path) -> None:
     data = yaml.safe_load(Path("runs/kept/recipe.yaml").read_text())
-    recipe = Recipe.model_validate(data)
+    recipe = build_recipe(data, "the written recipe")
     assert recipe == open_run("runs/kept")[1]
     assert recipe.model_dump(mode="json") == data
     assert check_resume(RunFolder(Path("runs/kept")), recipe) == []

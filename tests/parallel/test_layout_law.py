@@ -204,7 +204,7 @@ def probe() -> dict[str, Tensor]:
 
 def whole_output(engine: Any) -> Tensor:
     scenario.train(engine, steps=2)
-    return engine.forward(**probe())
+    return engine.run(lambda model: model(**probe()), whole=False)
 
 
 def sampling_after_writing(layout: Layout, reshard_after_forward: bool) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def sampling_after_writing(layout: Layout, reshard_after_forward: bool) -> dict[
     with torch.no_grad():
         for parameter in engine.parameters().values():
             local_part(parameter).mul_(0.5)
-    second = engine.forward(**probe())
+    second = engine.run(lambda model: model(**probe()), whole=False)
     model = scenario.single_device_model()
     model.load_state_dict(scenario.whole(engine.parameters()))
     scenario.backward(engine, 3)
@@ -412,7 +412,9 @@ def compiled_on_two_ranks(ranks: Ranks) -> dict[str, Any]:
     fsdp = resolve_layout("fsdp", None, None, 2)
     engine = scenario.build(fsdp, compile=True, checkpoint_activations=1)
     curve = scenario.train(engine).plain()
-    return curve | {"sampled": engine.forward(**probe()).isfinite().all().item()}
+    return curve | {
+        "sampled": engine.run(lambda model: model(**probe()), whole=False).isfinite().all().item()
+    }
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from data_pipeline.encoders.job import Settings
 from data_pipeline.latents import scaled, unscaled
 from flows.batch import Batch
 from flows.errors import UserError
-from flows.models.dit import DiT
 from flows.randomness import Draw
 from launch.progress import ProgressLine
 from tests import networks
@@ -75,7 +74,7 @@ class Trained:
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(0)
-        self.model = DiT(plan(recipe, 1).model)
+        self.model = plan(recipe, 1).model.build()
         for parameter in self.model.parameters():
             # The final layer begins at zero, where the loss would not depend on the input.
             torch.nn.init.normal_(parameter, std=0.2)

@@ -8,7 +8,6 @@ import torch
 
 from flows.batch import Batch
 from flows.initialise import initialise
-from flows.models.dit import DiT
 from flows.randomness import Draw
 from tests.trainer import runs
 from trainer.assembly import build_objective, plan
@@ -139,7 +138,7 @@ def test_the_law_can_be_broken(folders, one):
 
 def first_weights(folder: Path) -> dict[str, torch.Tensor]:
     made = plan(runs.recipe(folder), 1)
-    model = DiT(made.model)
+    model = made.model.build()
     initialise(model, made.recipe.seed)
     return {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
 

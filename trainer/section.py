@@ -1,0 +1,31 @@
+"""What all sections of a recipe are made of."""
+
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Ratio = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Unknown keys, infinite numbers and a yes or no for a number are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes, on and true would pass for the number 1."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        parts = value if isinstance(value, list) else [value]
+        if bool not in (wanted, *get_args(wanted)) and any(
+            isinstance(part, bool) for part in parts
+        ):
+            raise PydanticCustomError("yes_or_no", "a yes or no")
+        return value
