@@ -18,6 +18,7 @@ from flows.objectives.objective import Objective
 from parallel.clock import Clock
 from parallel.engines.engine import Engine
 from trainer.checkpoints.store import save
+from trainer.coupling import coupled
 from trainer.ema import Ema
 from trainer.recipe import Recipe
 from trainer.reporting import Quiet
@@ -71,6 +72,8 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
     """Optimizer step `step`, counted from 0, of the whole world; the host does not wait for it."""
     recipe, engine, loader, clock = parts.recipe, parts.engine, parts.loader, parts.clock
     batch = next(loader).to(engine.device)
+    with clock.phase("couple"):
+        batch = coupled(engine, parts.objective, batch, recipe.seed, step)
     microbatches = list(batch.split(recipe.train.microbatch or len(batch)))
     result = engine.forward_backward(
         microbatches, parts.objective, recipe.seed, step, recipe.train.batch

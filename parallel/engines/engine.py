@@ -72,6 +72,10 @@ class Engine(Protocol):
         """`values` summed over the ranks that read different samples."""
         ...
 
+    def gather_over_data(self, values: Tensor) -> Tensor:
+        """(ranks that read different samples * n, ...) from the (n, ...) of each, by `data_rank`."""
+        ...
+
     def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
         """`function` of the network in evaluation, without gradients; a collective where it is sharded.
 

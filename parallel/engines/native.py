@@ -128,6 +128,15 @@ class NativeEngine:
             dist.all_reduce(total, group=group)
         return total
 
+    def gather_over_data(self, values: Tensor) -> Tensor:
+        gathered = values.detach()
+        for group in reversed(self._data_groups):  # `data_rank` counts the last axis fastest
+            size = dist.get_world_size(group)
+            parts = [torch.empty_like(gathered) for _ in range(size)]
+            dist.all_gather(parts, gathered.contiguous(), group=group)
+            gathered = torch.cat(parts)
+        return gathered
+
     @torch.no_grad()
     def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
         model = self._model.bare

@@ -67,6 +67,7 @@ def on_two_ranks(ranks: Ranks) -> dict[str, Any]:
         "skipped": {s.strategy: skipped_step(s) for s in (ddp, fsdp)},
         "not finite": gradient_not_finite(fsdp, ranks.rank),
         "norms": {s.strategy: norm_against_torch(s) for s in (ddp, fsdp)},
+        "gathered": {s.strategy: gathered(s) for s in (ddp, fsdp)},
         "stale": {keep: sampling_after_writing(fsdp, keep) for keep in (True, False)},
         "sampled ddp": whole_output(scenario.build(ddp)),
         "collectives": {parts: collectives(fsdp, microbatch=4 // parts) for parts in (1, 4)},
@@ -89,6 +90,7 @@ def on_four_ranks(ranks: Ranks) -> dict[str, Any]:
         },
         "held": {name: local_part(p).shape[0] for name, p in engine.parameters().items()},
         "norms": {s.strategy: norm_against_torch(s) for s in (fsdp, hsdp)},
+        "gathered": {s.strategy: gathered(s) for s in (fsdp, hsdp)},
         "skipped": {"hsdp": skipped_step(hsdp)},
         "mixed": mixed_meshes(hsdp),
         "data ranks": [scenario.build(s).data_rank for s in (fsdp, hsdp)],
@@ -156,6 +158,15 @@ def norm_against_torch(layout: Layout) -> dict[str, Any]:
         "norm": scenario.relative(norm, expected),
         "clipped": scenario.distance(clipped, {n: g / 3 for n, g in gradients.items()}),
     }
+
+
+def gathered(layout: Layout) -> dict[str, Tensor]:
+    """Numbers, flags and pairs that say which data rank they are from, as every rank sees them."""
+    engine = scenario.build(layout)
+    own = torch.arange(3) + 10 * engine.data_rank
+    pairs = torch.stack([own.float(), -own.float()]).T  # not contiguous
+    values = {"int": own, "bool": own > 10, "float": pairs}
+    return {name: engine.gather_over_data(value) for name, value in values.items()}
 
 
 def mixed_meshes(layout: Layout) -> dict[str, Any]:
@@ -381,6 +392,21 @@ def test_gradients_travel_once_however_many_microbatches(two):
 
 def test_data_ranks_are_numbered(four):
     assert [result["data ranks"] for result in four] == [[rank, rank] for rank in range(4)]
+
+
+def test_samples_are_gathered_in_the_order_of_data_ranks(two, four):
+    for results in (two, four):
+        expected = (torch.arange(3) + 10 * torch.arange(len(results))[:, None]).flatten()
+        for result in results:
+            for values in result["gathered"].values():
+                assert torch.equal(values["int"], expected)
+                assert torch.equal(values["bool"], expected > 10)
+                assert torch.equal(values["float"], torch.stack([expected, -expected], 1).float())
+
+
+def test_one_rank_gathers_its_own(alone):
+    values = gathered(resolve_layout("none", None, None, 1))
+    assert torch.equal(values["int"], torch.arange(3))
 
 
 def test_state_exists_before_the_first_step_and_speaks_canonical_names(alone):
