@@ -8,14 +8,18 @@ import torch
 
 from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
+from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
 from flows.objectives.flow_matching import FlowMatching
+from flows.objectives.likelihood import Likelihood
+from flows.objectives.objective import Objective
 from flows.paths import path_named
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
 from trainer.checkpoints.store import latest_whole
+from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
 from trainer.recipe import ObjectiveSection, Recipe
 from trainer.run_folder import RunFolder
@@ -84,8 +88,8 @@ def model_architecture(recipe: Recipe) -> Architecture:
         "image_size": data.image_size,
         "channels": data.channels,
         "classes": data.classes,
-        "text_width": 0,
-        "text_tokens": 0,
+        "text_width": data.text.width if data.text else 0,
+        "text_tokens": data.text.tokens if data.text else 0,
     }
     return architecture(FAMILIES[section.family], section.name, section.own_keys(), sizes)
 
@@ -107,11 +111,18 @@ def training_stream(recipe: Recipe) -> Stream:
     )
 
 
-def build_objective(recipe: Recipe) -> FlowMatching:
-    """The objective of the recipe, as the model and the samplers need it."""
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective of the recipe."""
+    if isinstance(recipe.objective, LikelihoodSection):
+        return build_likelihood(recipe, recipe.objective)
+    return build_flow_matching(recipe)
+
+
+def build_flow_matching(recipe: Recipe) -> FlowMatching:
+    """The objective of a velocity model, as its samplers need it, too."""
     section = recipe.objective
     if not isinstance(section, ObjectiveSection):
-        raise TypeError(f"there is no objective of a {type(section).__name__}")
+        raise TypeError(f"a {type(section).__name__} is no flow matching")
     return FlowMatching(
         path=path_named(section.path),
         prediction=section.prediction,
@@ -119,4 +130,18 @@ def build_objective(recipe: Recipe) -> FlowMatching:
         label_drop=section.label_drop,
         null_label=recipe.data.classes,
         time=TimeDistribution(**section.time.model_dump()),
+    )
+
+
+def build_likelihood(recipe: Recipe, section: LikelihoodSection) -> Likelihood:
+    """The objective of a normalizing flow. Latents have no levels, so nothing fills their bins."""
+    pixels = not recipe.data.latents
+    return Likelihood(
+        dequantisation=section.dequantisation if pixels else "none",
+        levels=Levels(section.levels, section.bins) if pixels else None,
+        noise=section.noise,
+        power=section.power,
+        label_drop=section.label_drop,
+        null_label=recipe.data.classes,
+        text_drop=section.label_drop if recipe.data.text else None,
     )

@@ -26,9 +26,20 @@ from data_pipeline.credentials import check_address, check_options
 from flows.errors import UserError
 from flows.models.family import Kind
 from flows.models.zoo import FAMILIES
+from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.model_section import ModelSection, chosen_family, section_of
 from trainer.refusals import refusals
-from trainer.section import Below1, Fraction, Positive, Ratio, Section, Share, Text
+from trainer.section import (
+    AnyObjective,
+    AnySampling,
+    Below1,
+    Fraction,
+    Positive,
+    Ratio,
+    Section,
+    Share,
+    Text,
+)
 from trainer.yaml_text import parse_yaml, read_yaml
 
 
@@ -119,6 +130,18 @@ Sources = Annotated[
 ]
 
 
+class TextSection(Section):
+    """Embedded captions, made by `flowmill data encode`."""
+
+    member: Text = Field(
+        description="extension of the shards' member that holds them, e.g. text.npy"
+    )
+    tokens: Positive = Field(
+        description="words a sample; longer texts are cut, shorter ones padded"
+    )
+    width: Positive = Field(description="numbers a word")
+
+
 class DataSection(Section):
     train: Sources = Field(
         description="shards to train on: a path or URL with {00..07} braces or *, or several as a "
@@ -138,6 +161,7 @@ class DataSection(Section):
     autoencoder: Text | None = Field(
         None, description="local folder of the latents' autoencoder, to make pictures of samples"
     )
+    text: TextSection | None = Field(None, description="condition on embedded captions, too")
     classes: Positive
     class_names: list[str] | None = Field(None, description="for pictures and tables")
     augment: AugmentSection = AugmentSection()
@@ -188,13 +212,6 @@ class TimeSection(Section):
     shift: Annotated[float, Field(gt=0)] = Field(
         1.0, description="< 1 moves times towards the noise"
     )
-
-
-class AnyObjective(Section):
-    """What every objective has."""
-
-    kind: str = ""
-    label_drop: Fraction = Field(0.1, description="share of labels and texts hidden, for guidance")
 
 
 class ObjectiveSection(AnyObjective):
@@ -278,23 +295,6 @@ class ParallelSection(Section):
 class CheckpointSection(Section):
     every: Positive = 500
     keep: Positive = Field(2, description="newest checkpoints kept")
-
-
-class AnySampling(Section):
-    """What every way of sampling has."""
-
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between sample grids; 0: none")
-    count: Positive = Field(40, description="samples in a grid while training")
-    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="1: none")
-
-    @property
-    def guided(self) -> bool:
-        """Whether samples are drawn with guidance, which needs a model that saw hidden labels."""
-        raise TypeError(f"{type(self).__name__} does not say what guidance is")
-
-    def in_words(self) -> str:
-        """How samples are drawn, as far as one line holds it."""
-        raise TypeError(f"{type(self).__name__} does not say how it samples")
 
 
 class SampleSection(AnySampling):
@@ -412,6 +412,7 @@ class Recipe(Section):
 # Kind of a family -> the sections of its objective and its sampling.
 KINDS: dict[Kind, tuple[type[AnyObjective], type[AnySampling]]] = {
     "velocity": (ObjectiveSection, SampleSection),
+    "likelihood": (LikelihoodSection, InversionSection),
 }
 
 

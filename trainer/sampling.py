@@ -10,7 +10,7 @@ from flows.samplers.guidance import Condition, null_condition
 from flows.samplers.sampler import Sampled, sample
 from parallel.engines.engine import Engine
 from parallel.processes import choose_device
-from trainer.assembly import build_objective, model_architecture
+from trainer.assembly import build_flow_matching, model_architecture
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.latents import to_images
@@ -59,7 +59,7 @@ def draw_samples(
 
 def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
     """Samples of a velocity model: the solution of its differential equation."""
-    objective, section, data = build_objective(recipe), recipe.sample, recipe.data
+    objective, section, data = build_flow_matching(recipe), recipe.sample, recipe.data
 
     def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return objective.velocity(model(x=x, t=t, **condition).float(), x, t)

@@ -29,3 +29,27 @@ class Section(BaseModel):
         ):
             raise PydanticCustomError("yes_or_no", "a yes or no")
         return value
+
+
+class AnyObjective(Section):
+    """What every objective has."""
+
+    kind: str = ""
+    label_drop: Fraction = Field(0.1, description="share of labels and texts hidden, for guidance")
+
+
+class AnySampling(Section):
+    """What every way of sampling has."""
+
+    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between sample grids; 0: none")
+    count: Positive = Field(40, description="samples in a grid while training")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="1: none")
+
+    @property
+    def guided(self) -> bool:
+        """Whether samples are drawn with guidance, which needs a model that saw hidden labels."""
+        raise TypeError(f"{type(self).__name__} does not say what guidance is")
+
+    def in_words(self) -> str:
+        """How samples are drawn, as far as one line holds it."""
+        raise TypeError(f"{type(self).__name__} does not say how it samples")
