@@ -33,6 +33,24 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return torch.addcmul(x, gate, update)
 
 
+class LayerNorm(nn.Module):
+    """`layer_norm`, times a weight and plus a bias if it is affine (Ba et al. 2016)."""
+
+    def __init__(self, width: int, *, affine: bool) -> None:
+        super().__init__()
+        self.affine = affine
+        if affine:
+            self.weight = nn.Parameter(torch.empty(width))
+            self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width), in the dtype of `x`."""
+        if not self.affine:
+            return layer_norm(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, EPSILON)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) over the last dimension; statistics in float32.
 
