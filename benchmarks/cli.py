@@ -48,6 +48,38 @@ def overhead(
 
 
 @app.command()
+def step(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
+    ] = "digits",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps to measure.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Where a training step's time goes, beside bare matrix products of the same run."""
+    from benchmarks.step import measure
+    from trainer.recipe import load_recipe
+
+    result = measure(load_recipe(recipe, overrides or []), steps)
+    if as_json:
+        typer.echo(json.dumps(asdict(result) | {"of_peak": result.of_peak}))
+        return
+    where = (
+        f"{result.device}, {result.threads} threads" if result.device == "cpu" else result.device
+    )
+    table = Table("", "", title=f"a training step of {recipe}, {where}, median of {steps}")
+    table.add_row("step", f"{result.seconds * 1e3:.1f} ms")
+    table.add_row("matrix products in it", f"{result.flops / 1e9:.1f} GFLOP")
+    table.add_row("bare matrix products", f"{result.peak / 1e9:.1f} GFLOP/s")
+    table.add_row("step as a fraction of that", f"{result.of_peak:.3f}")
+    for kind, share in sorted(result.shares.items(), key=lambda item: -item[1]):
+        table.add_row(f"profiled time: {kind}", f"{share:.1%}")
+    Console().print(table)
+
+
+@app.command()
 def loader(
     batch: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 64,
     workers: Annotated[

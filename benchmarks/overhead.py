@@ -82,7 +82,7 @@ def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
     _check_same_work(recipe)
     with (
         tempfile.TemporaryDirectory() as folder,
-        _trainer(recipe, Path(folder)) as (parts, batches),
+        in_memory(recipe, Path(folder)) as (parts, batches),
     ):
         weights, by_hand = hand_written_loop(recipe, batches, parts.engine.device)
         sides = (lambda step: one_step(parts, step, stop=False), by_hand)
@@ -164,7 +164,7 @@ def hand_written_loop(
 
 
 @contextmanager
-def _trainer(recipe: Recipe, folder: Path) -> Iterator[tuple[Parts, list[Batch]]]:
+def in_memory(recipe: Recipe, folder: Path) -> Iterator[tuple[Parts, list[Batch]]]:
     """The trainer's parts on one rank, fed from memory, reporting into a folder as in a real run."""
     made = plan(recipe, 1)
     ranks = start("auto", recipe.parallel.timeout_seconds)
