@@ -14,12 +14,15 @@ class QueryKeyValue(nn.Linear):
     gradient is cut.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 3 * width)
+    def __init__(self, width: int, key_width: int | None = None) -> None:
+        """key_width: of keys and of values, where fewer heads share them; `width` unless given."""
+        self.key_width = width if key_width is None else key_width
+        super().__init__(width, width + 2 * self.key_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, 3 * width)."""
-        query, key, value = self.bias.chunk(3)
+        """(batch, tokens, width) -> (batch, tokens, width + 2 * key_width)."""
+        sizes = (self.in_features, self.key_width, self.key_width)
+        query, key, value = self.bias.split(sizes)
         return F.linear(x, self.weight, torch.cat((query, key.detach(), value)))
 
 

@@ -67,3 +67,20 @@ class RMSNorm(nn.Module):
         """(..., width) -> (..., width), in the dtype of `x`."""
         weight = self.weight.float() + self.offset
         return F.rms_norm(x.float(), (x.shape[-1],), weight, self.epsilon).to(x.dtype)
+
+
+class DynamicTanh(nn.Module):
+    """weight * tanh(alpha x) + bias, in the place of a norm (Zhu et al. 2025, eq. 1).
+
+    It takes no statistics, so it needs no sum over the width. `alpha` starts at 1/2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha * x))

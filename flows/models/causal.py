@@ -1,0 +1,234 @@
+"""Causal transformer layers: token i sees tokens 0 ... i, and a cache remembers what it saw.
+
+Shared by TarFlow and STARFlow. Training runs `layer(x, turn)` over whole sequences with the fused
+causal kernel, so no mask exists. Sampling passes a `KeyValue` per layer, whose buffers are made once
+for the longest sequence: new tokens are written behind the old ones, and nothing is concatenated.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flows.errors import UserError
+from flows.models.attention import QueryKeyValue
+from flows.models.feedforward import RATIO
+from flows.models.norms import DynamicTanh, RMSNorm
+from flows.models.rotary import rotate
+
+NormKind = Literal["layer", "rms", "dyt"]
+# Where a sub-layer F has its norms N, M. pre: x + F(N(x)); peri: x + M(F(N(x))), Kim et al. 2025,
+# "Peri-LN" (STARFlow's post-norms); post: N(x + F(x)), Vaswani et al. 2017.
+Placement = Literal["pre", "peri", "post"]
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Everything that decides the shape of one layer.
+
+    kv_heads: heads of keys and values, each shared by heads / kv_heads query heads
+    bias: of the projections in attention and feed-forward
+    gated: down(gelu(gate x) * up x) instead of down(gelu(up x))
+    turned: queries and keys are rotated by their positions
+    """
+
+    width: int
+    head_width: int
+    kv_heads: int
+    bias: bool
+    qk_norm: bool
+    gated: bool
+    turned: bool
+    norm: NormKind
+    placement: Placement
+
+    def __post_init__(self) -> None:
+        if self.width % self.head_width:
+            raise UserError(
+                f"model.width = {self.width} is not a multiple of "
+                f"model.head_width = {self.head_width}; use a head width that divides it."
+            )
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"model.kv_heads = {self.kv_heads} does not divide the {self.heads} heads that "
+                "model.width / model.head_width gives; use a divisor, or 0 for as many as heads."
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+    @property
+    def key_width(self) -> int:
+        return self.kv_heads * self.head_width
+
+    @property
+    def token_products(self) -> int:
+        """Multiply-adds of the weights of one layer for one token."""
+        projections = self.width * (2 * self.width + 2 * self.key_width)
+        return projections + (3 if self.gated else 2) * RATIO * self.width**2
+
+
+class KeyValue:
+    """Keys and values of one layer for the tokens so far, in buffers for `capacity` tokens.
+
+    length: tokens that count; setting it lower forgets the later ones
+    sharpness: (batch, 1, 1, 1) factor on the logits of each sample, None for 1 (an attention
+        temperature is its inverse)
+    """
+
+    def __init__(
+        self, shape: LayerShape, batch: int, capacity: int, like: Tensor, sharpness: Tensor | None
+    ) -> None:
+        size = (batch, shape.kv_heads, capacity, shape.head_width)
+        self.keys, self.values = like.new_empty(size), like.new_empty(size)
+        self.sharpness = sharpness
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, kv_heads, new, head_width) twice -> all keys and values so far, as views."""
+        begin, end = self.length, self.length + key.shape[2]
+        self.keys[:, :, begin:end] = key
+        self.values[:, :, begin:end] = value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention over the tokens up to each one, scaled by 1 / sqrt(head_width)."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.head_width = shape.head_width
+        self.sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
+        self.grouped = shape.heads != shape.kv_heads
+        outputs = shape.width + 2 * shape.key_width
+        # Rotation and norm make the key bias matter; without them its true gradient is zero.
+        cut = shape.bias and not (shape.turned or shape.qk_norm)
+        self.qkv = (
+            QueryKeyValue(shape.width, shape.key_width)
+            if cut
+            else nn.Linear(shape.width, outputs, bias=shape.bias)
+        )
+        self.query_norm = RMSNorm(shape.head_width, offset=1.0) if shape.qk_norm else None
+        self.key_norm = RMSNorm(shape.head_width, offset=1.0) if shape.qk_norm else None
+        self.out = nn.Linear(shape.width, shape.width, bias=shape.bias)
+
+    def forward(self, x: Tensor, turn: Tensor | None, cache: KeyValue | None) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width); see `CausalLayer.forward`."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        query, key, value = heads.split(self.sizes, dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
+        if cache is None:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=self.grouped
+            )
+        else:
+            mixed = self._attend(query, key, value, cache)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValue) -> Tensor:
+        """The new tokens see all that the cache holds and each other, causally."""
+        new, before = query.shape[2], cache.length
+        keys, values = cache.append(key, value)
+        if cache.sharpness is not None:
+            query = query * cache.sharpness
+        mask = None
+        if new > 1 and before > 0:
+            mask = torch.ones(new, before + new, dtype=torch.bool, device=query.device).tril(before)
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=new > 1 and before == 0,
+            enable_gqa=self.grouped,
+        )
+
+
+class Plain(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.up = nn.Linear(shape.width, RATIO * shape.width, bias=shape.bias)
+        self.down = nn.Linear(RATIO * shape.width, shape.width, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width)."""
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
+
+
+class Gated(nn.Module):
+    """down(gelu(gate x) * up x) with the tanh-approximated GELU (Shazeer 2020, "GEGLU")."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.width, RATIO * shape.width, bias=shape.bias)
+        self.up = nn.Linear(shape.width, RATIO * shape.width, bias=shape.bias)
+        self.down = nn.Linear(RATIO * shape.width, shape.width, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width)."""
+        result: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return result
+
+
+class SubLayer(nn.Module):
+    """A residual branch with its norms, see `Placement`."""
+
+    def __init__(self, inner: nn.Module, shape: LayerShape) -> None:
+        super().__init__()
+        self.inner = inner
+        self.last = shape.placement == "post"
+        self.norm = make_norm(shape.norm, shape.width)
+        self.out_norm = (
+            make_norm("dyt" if shape.norm == "dyt" else "rms", shape.width)
+            if shape.placement == "peri"
+            else None
+        )
+
+    def forward(self, x: Tensor, *rest: Tensor | KeyValue | None) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width)."""
+        if self.last:
+            normed: Tensor = self.norm(x + self.inner(x, *rest))
+            return normed
+        update: Tensor = self.inner(self.norm(x), *rest)
+        return x + (update if self.out_norm is None else self.out_norm(update))
+
+
+class CausalLayer(nn.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.attention = SubLayer(CausalAttention(shape), shape)
+        self.feedforward = SubLayer((Gated if shape.gated else Plain)(shape), shape)
+
+    def forward(
+        self, x: Tensor, turn: Tensor | None = None, cache: KeyValue | None = None
+    ) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, width).
+
+        turn: (2, tokens, head_width / 2) cosines and sines of the tokens' positions
+        cache: tokens before these, to which these are added; None: there are none
+        """
+        x = self.attention(x, turn, cache)
+        result: Tensor = self.feedforward(x)
+        return result
+
+
+def make_norm(kind: NormKind, width: int) -> nn.Module:
+    """A norm over the width with a gain (and, for `layer` and `dyt`, a bias) for each feature."""
+    if kind == "layer":
+        return nn.LayerNorm(width, eps=LAYER_NORM_EPSILON)
+    return RMSNorm(width, offset=1.0) if kind == "rms" else DynamicTanh(width)

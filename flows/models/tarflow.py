@@ -1,0 +1,179 @@
+"""TarFlow: a normalizing flow of causal transformers over image patches.
+
+Zhai et al., Normalizing Flows are Capable Generative Models (2024). Blocks of equal depth read the
+patches in turn forwards and backwards; each predicts from the tokens before how to scale and shift
+the next one (flows/models/autoregressive.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flows.errors import UserError
+from flows.initialise import Rule
+from flows.models.autoregressive import BlockShape, FlowBlock, block_rules, layers_of, transform
+from flows.models.causal import LayerShape, NormKind, Placement
+from flows.models.flow import FlowOutput
+
+
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """Everything that decides the flow's shape.
+
+    image_size: side of the square image (or latent) in pixels
+    channels: channels of the image
+    classes: classes of the data; the label `classes` stands for none
+    patch: side of a patch in pixels
+    flow_blocks: invertible maps, each a transformer of `layers` layers
+    volume_preserving: tokens are shifted and not scaled
+    conditional: each block adds a vector of the class; without, labels are ignored
+    norm, placement: see `flows.models.causal`
+    """
+
+    image_size: int
+    channels: int
+    classes: int
+    patch: int
+    width: int
+    flow_blocks: int
+    layers: int
+    head_width: int = 64
+    volume_preserving: bool = False
+    conditional: bool = True
+    norm: NormKind = "layer"
+    placement: Placement = "pre"
+
+    def __post_init__(self) -> None:
+        check_patches(self.image_size, self.patch)
+        if self.tokens < 2:
+            raise UserError(
+                f"model.patch = {self.patch} makes one token of an image, and a TarFlow changes all "
+                "but the first; use a smaller patch."
+            )
+        self.block(0)
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def features(self) -> int:
+        """Numbers in a token."""
+        return self.channels * self.patch**2
+
+    def block(self, index: int) -> BlockShape:
+        """The shape of a block, counted from the data; odd ones read backwards."""
+        layer = LayerShape(
+            width=self.width,
+            head_width=self.head_width,
+            kv_heads=self.width // self.head_width,
+            bias=True,
+            qk_norm=False,
+            gated=False,
+            turned=False,
+            norm=self.norm,
+            placement=self.placement,
+        )
+        return BlockShape(
+            tokens=self.tokens,
+            features=self.features,
+            layers=self.layers,
+            layer=layer,
+            reverse=index % 2 == 1,
+            start_token=False,
+            scale="one" if self.volume_preserving else "exp",
+            clip=0.0,
+            final_norm=False,
+            rotary=None,
+            classes=self.classes if self.conditional else 0,
+            prefix_tokens=0,
+            prefix_width=0,
+        )
+
+
+class TarFlow(nn.Module):
+    """The flow from images to a standard normal; a fresh one is the identity.
+
+    `blocks`, its repeated part, are the transformer layers of all flow blocks, called as `layer(x)`.
+    """
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        shapes = [config.block(k) for k in range(config.flow_blocks)]
+        self.flow_blocks = nn.ModuleList(FlowBlock(shape) for shape in shapes)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return layers_of(self.flow_blocks)
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> FlowOutput:
+        """Towards the prior.
+
+        x: (batch, channels, image_size, image_size)
+        label: (batch,) int64 class, `classes` for none; None is none for all
+        """
+        condition = self.condition(label, None, len(x), x.device)
+        return transform(self.flow_blocks, self.tokens(x), condition)
+
+    def condition(
+        self, label: Tensor | None, text: Tensor | None, batch: int, device: torch.device
+    ) -> Tensor | None:
+        """What the blocks are told: (batch,) labels, or None if nothing."""
+        del text
+        classes = self.config.classes
+        if not (classes and self.config.conditional):
+            return None
+        return torch.full((batch,), classes, device=device) if label is None else label
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, tokens, features) in raster order.
+
+        The features of a token are ordered (channel, row, column).
+        """
+        return F.pixel_unshuffle(image, self.config.patch).flatten(2).transpose(1, 2)
+
+    def image(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`."""
+        side = self.config.image_size // self.config.patch
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+        return F.pixel_shuffle(grid, self.config.patch)
+
+    def init_rules(self) -> dict[str, Rule]:
+        """Parameter name -> how its first values are drawn."""
+        return block_rules(self.flow_blocks)
+
+    def reset_buffers(self) -> None:
+        """It has none."""
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    f"TarFlow-{patch}-{width}-8-8": {"patch": patch, "width": width, "flow_blocks": 8, "layers": 8}
+    for patch, width in ((2, 768), (4, 1024), (8, 768))
+}
+
+
+def check_patches(image_size: int, patch: int) -> None:
+    """Raise UserError unless whole patches cover the image."""
+    if image_size % patch:
+        fits = [str(p) for p in range(1, image_size + 1) if image_size % p == 0]
+        raise UserError(
+            f"data.image_size = {image_size} is not divisible by model.patch = {patch}; "
+            f"use a patch of {', '.join(fits[:-1])} or {fits[-1]}."
+        )
+
+
+def forward_flops(config: TarFlowConfig) -> int:
+    """Floating point operations of the forward of one sample, two for each multiply-add.
+
+    Matrix products alone, attention included as if it were not causal, as operator counters do.
+    """
+    return 2 * sum(config.block(k).forward_products for k in range(config.flow_blocks))
+
+
+def train_flops(config: TarFlowConfig) -> int:
+    """Operations of forward and backward of one sample; recomputed activations are not counted."""
+    return 3 * forward_flops(config)
