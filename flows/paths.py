@@ -12,6 +12,7 @@ sigma give the others.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -65,10 +66,16 @@ class Path:
     """One interpolant. Times are (batch,) or (); samples and predictions are (batch, ...).
 
     schedule: t -> (alpha, sigma, alpha', sigma'), elementwise
+    inverse: alpha / sigma -> t, elementwise; from 0 to infinity
+    starts_still: nothing moves at t = 0, so that a velocity says nothing there
+    ends_infinite: the velocity is infinite at t = 1
     """
 
     name: str
     schedule: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+    inverse: Callable[[Tensor], Tensor]
+    starts_still: bool = False
+    ends_infinite: bool = False
 
     def coefficients(self, t: Tensor, dimensions: int = 0) -> Coefficients:
         """Coefficients at `t`, shaped to meet samples of `dimensions` axes where that is given.
@@ -81,6 +88,10 @@ class Path:
         return Coefficients(
             alpha.to(t.dtype), sigma.to(t.dtype), alpha_dot.to(t.dtype), sigma_dot.to(t.dtype)
         )
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The times at which alpha / sigma is `ratio`, in its dtype; computed in float64."""
+        return self.inverse(ratio.to(torch.float64)).to(ratio.dtype)
 
     def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Interpolation:
         """x_t = alpha data + sigma noise and u = alpha' data + sigma' noise."""
@@ -173,6 +184,15 @@ class Path:
             case "score":
                 return self.score_diffusion(t)
 
+    def likelihood_weight(self, kind: Prediction, t: Tensor) -> Tensor:
+        """gain^2 / g, like t: what makes a squared error of the prediction one of g |score|^2.
+
+        The integral of g |score error|^2 bounds the Kullback-Leibler divergence of a diffusion's
+        samples (Song et al. 2021, "Maximum likelihood training of score-based diffusion models");
+        for a noise prediction it is the weight g / sigma^2 of SiT.
+        """
+        return self.velocity_gain(kind, t).square() / self.score_diffusion(t)
+
     def score_diffusion(self, t: Tensor) -> Tensor:
         """g = sigma Delta / alpha in v = f + g s, like t: the diffusion that SBDM takes."""
         c = self.coefficients(t)
@@ -181,16 +201,65 @@ class Path:
     def support(self, kind: Prediction, *, sampling: bool) -> TimeSupport:
         """Times to train or to sample at, as SiT's `check_interval` has them.
 
-        VP's sigma' is infinite at t = 1; other predictions than the velocity divide by alpha or
-        sigma. A data prediction divides by sigma and keeps the sampling distance in training too.
+        Other predictions than the velocity divide by alpha or sigma, and so do samplers that ask a
+        velocity for a score, where nothing moves. A data prediction divides by sigma and keeps the
+        sampling distance in training too. VP leaves some of the data at t = 0.
         """
-        if self.name == "vp":
-            return TimeSupport(0.0, 1.0 - (1e-3 if sampling or kind == "data" else 1e-5))
-        return TimeSupport(0.0, 1.0) if kind == "velocity" else TimeSupport(1e-3, 1.0 - 1e-3)
+        divided = kind != "velocity" or (self.starts_still and sampling)
+        low = 1e-3 if divided and self.name != "vp" else 0.0
+        if self.ends_infinite:
+            return TimeSupport(low, 1.0 - (1e-3 if sampling or kind == "data" else 1e-5))
+        return TimeSupport(low, 1.0 if kind == "velocity" else 1.0 - 1e-3)
 
 
-def _linear(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+def brownian_bridge(point: Interpolation, t: Tensor, noise: Tensor, sigma: float) -> Interpolation:
+    """A point that strays from the linear path, most in its middle, and its velocity there.
+
+    x_t = mu_t + sigma sqrt(t (1 - t)) z has u = (1 - 2t) / (2t (1 - t)) (x_t - mu_t) + mu_t' (Tong et
+    al. 2024, "Improving and generalizing flow-based generative models", equation 16). The times must
+    lie inside (0, 1).
+
+    noise: (batch, ...) standard normal z
+    """
+    shaped = t.reshape(-1, *(1,) * (noise.dim() - 1)).to(torch.float64)
+    spread = torch.sqrt(shaped * (1 - shaped))
+    pull = (1 - 2 * shaped) / (2 * spread)
+    return Interpolation(
+        x=point.x + sigma * spread.to(noise.dtype) * noise,
+        velocity=point.velocity + sigma * pull.to(noise.dtype) * noise,
+    )
+
+
+@lru_cache
+def linear(sigma_min: float) -> Path:
+    """alpha = t, sigma = 1 - (1 - sigma_min) t: the data keep noise of that size at t = 1.
+
+    sigma_min = 0 is rectified flow. Lipman et al. 2023 (equation 22) and, with time turned round,
+    Dao et al. 2023 ("Flow matching in latent space", 1e-5) have the same x_t and the same velocity
+    x1 - (1 - sigma_min) x0.
+    """
+    rate = 1.0 - sigma_min
+
+    def schedule(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return t, 1 - rate * t, torch.ones_like(t), -rate * torch.ones_like(t)
+
+    return Path("linear", schedule, inverse=lambda ratio: 1 / (1 / ratio + rate))
+
+
+@lru_cache
+def polynomial(exponent: float) -> Path:
+    """alpha = t^n, sigma = 1 - t^n: the linear path at another pace; exponent n >= 1."""
+
+    def schedule(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alpha, slope = t**exponent, exponent * t ** (exponent - 1)
+        return alpha, 1 - alpha, slope, -slope
+
+    return Path(
+        "polynomial",
+        schedule,
+        inverse=lambda ratio: (1 / (1 / ratio + 1)) ** (1 / exponent),
+        starts_still=exponent > 1,
+    )
 
 
 def _gvp(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,14 +277,36 @@ def _vp(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return alpha, sigma, alpha_dot, -alpha * alpha_dot / sigma
 
 
-LINEAR = Path("linear", _linear)
-GVP = Path("gvp", _gvp)
-VP = Path("vp", _vp)
-PATHS = {path.name: path for path in (LINEAR, GVP, VP)}
+def _vp_inverse(ratio: Tensor) -> Tensor:
+    """The root of slope / 4 (1 - t)^2 + beta_min / 2 (1 - t) = -log alpha, without cancellation."""
+    minus_log_alpha = torch.log1p(ratio**-2) / 2
+    half, slope = BETA_MIN / 2, BETA_MAX - BETA_MIN
+    return 1 - 2 * minus_log_alpha / (half + torch.sqrt(half**2 + slope * minus_log_alpha))
 
 
-def path_named(name: str) -> Path:
-    """The path of that name; UserError if there is none."""
+def _linear_vp(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sigma = torch.sqrt((1 - t) * (1 + t))
+    return t, sigma, torch.ones_like(t), -t / sigma
+
+
+LINEAR = linear(0.0)
+# Also the trigonometric path of stochastic interpolants and of VP-CFM.
+GVP = Path("gvp", _gvp, inverse=lambda ratio: torch.atan(ratio) / (math.pi / 2))
+VP = Path("vp", _vp, inverse=_vp_inverse, ends_infinite=True)
+LINEAR_VP = Path(
+    "linear_vp", _linear_vp, inverse=lambda ratio: (1 + ratio**-2) ** -0.5, ends_infinite=True
+)
+# One of each name.
+PATHS = {path.name: path for path in (LINEAR, GVP, VP, polynomial(2.0), LINEAR_VP)}
+
+
+def path_named(name: str, *, sigma_min: float = 0.0, exponent: float = 2.0) -> Path:
+    """The path of that name; UserError if there is none.
+
+    sigma_min: of `linear` alone, exponent: of `polynomial` alone
+    """
     if name not in PATHS:
         raise UserError(f"there is no path {name!r}; use one of {', '.join(PATHS)}")
-    return PATHS[name]
+    if name == "linear":
+        return linear(sigma_min)
+    return polynomial(exponent) if name == "polynomial" else PATHS[name]

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.errors import UserError
-from flows.paths import GVP, LINEAR, PATHS, VP, path_named
+from flows.paths import (
+    GVP,
+    LINEAR,
+    LINEAR_VP,
+    PATHS,
+    VP,
+    brownian_bridge,
+    linear,
+    path_named,
+    polynomial,
+)
+from flows.schedule_change import change_of_schedule, reschedule
 
 KINDS = ("velocity", "data", "noise", "score")
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=lambda p: p.name)
@@ -77,12 +88,14 @@ def test_ratio_of_derivative_and_coefficient(path):
         LINEAR: 1 / t,
         GVP: math.pi / (2 * torch.tan(math.pi * t / 2)),
         VP: 0.5 * (1 - t) * 19.9 + 0.5 * 0.1,
+        polynomial(2.0): 2 / t,
+        LINEAR_VP: 1 / t,
     }[path]
     c = path.coefficients(t)
     assert torch.allclose(c.alpha_dot / c.alpha, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("path", [GVP, VP], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [GVP, VP, LINEAR_VP], ids=lambda p: p.name)
 def test_variance_is_preserved(path):
     c = path.coefficients(torch.linspace(0, 1, 101, dtype=torch.float64))
     assert torch.allclose(c.alpha**2 + c.sigma**2, torch.ones(101, dtype=torch.float64))
@@ -198,7 +211,7 @@ def test_support(path):
             assert gain.isfinite().all()
             assert path.interpolate(torch.ones(1001), torch.ones(1001), t).velocity.isfinite().all()
     whole = path.support("velocity", sampling=False)
-    if path is not VP:
+    if not path.ends_infinite:
         assert (whole.low, whole.high) == (0.0, 1.0)
         t = torch.rand(100)
         assert torch.equal(whole.rescale(t), t)
@@ -230,3 +243,120 @@ def test_results_do_not_depend_on_the_batch(name, size, shape):
 def test_an_unknown_path_is_named():
     with pytest.raises(UserError, match="no path 'cosine'; use one of linear, gvp, vp"):
         path_named("cosine")
+
+
+@EVERY_PATH
+def test_the_time_of_a_ratio(path):
+    """time_at is the inverse of alpha / sigma, the ends included."""
+    t = torch.linspace(1e-3, 1 - 1e-6, 401, dtype=torch.float64)
+    c = path.coefficients(t)
+    assert torch.allclose(path.time_at(c.alpha / c.sigma), t, rtol=0, atol=1e-9)
+    ends = path.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert torch.allclose(path.time_at(ends.alpha / ends.sigma), torch.tensor([0.0, 1.0]).double())
+
+
+@pytest.mark.parametrize("sigma_min", [1e-5, 0.1])
+def test_forms_of_the_path_that_keeps_some_noise(sigma_min):
+    """Lipman's conditional velocity and LFM's path with time turned round are this path."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    data, noise = torch.randn(2, 11, 3, 4, dtype=torch.float64)
+    path, time = linear(sigma_min), t[:, None, None]
+    point = path.interpolate(data, noise, t)
+    lipman = (data - (1 - sigma_min) * point.x) / (1 - (1 - sigma_min) * time)
+    assert torch.allclose(point.velocity, lipman, rtol=1e-9)
+    turned = 1 - time
+    z = (1 - turned) * data + (sigma_min + (1 - sigma_min) * turned) * noise
+    assert torch.allclose(point.x, z, rtol=1e-12)
+    assert torch.allclose(point.velocity, -((1 - sigma_min) * noise - data), rtol=1e-12)
+    ratio = path.coefficients(t).alpha / path.coefficients(t).sigma
+    assert torch.allclose(path.time_at(ratio), t)
+
+
+def test_paths_that_are_the_same():
+    """The trigonometric path is GVP, t^1 is linear, and no noise left at the end is rectified flow."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    data, noise = torch.randn(2, 11, dtype=torch.float64)
+    angle, point = math.pi * t / 2, GVP.interpolate(data, noise, t)
+    assert torch.allclose(point.x, angle.cos() * noise + angle.sin() * data)
+    assert torch.allclose(
+        point.velocity, math.pi / 2 * (angle.cos() * data - angle.sin() * noise), atol=1e-15
+    )
+    assert path_named("linear") is LINEAR is linear(0.0)
+    for path in (LINEAR, polynomial(1.0)):
+        assert torch.equal(path.interpolate(data, noise, t).velocity, data - noise)
+    assert path_named("polynomial", exponent=3.0) == polynomial(3.0)
+
+
+@EVERY_PATH
+def test_likelihood_weight(path):
+    """A weighted error of any prediction is g times the squared error of the score it implies."""
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    x, exact = triple(path, t, dtype=torch.float64)
+    for kind in KINDS:
+        off = path.to_velocity(kind, exact[kind] + 0.1, x, t)
+        score_error = path.velocity_to_score(off, x, t) - exact["score"]
+        expected = path.score_diffusion(t)[:, None, None] * score_error.square()
+        weighted = path.likelihood_weight(kind, t)[:, None, None] * 0.01
+        assert torch.allclose(weighted.expand_as(expected), expected, rtol=1e-6), kind
+    c = path.coefficients(t)
+    published = path.score_diffusion(t) / c.sigma.square()
+    assert torch.allclose(path.likelihood_weight("noise", t), published, rtol=1e-9)
+
+
+def test_brownian_bridge():
+    """The spread of a bridge, its velocity by differences, and its middle and end."""
+    t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    data, noise, z = torch.randn(3, 25, 3, 4, dtype=torch.float64)
+    sigma, step = 0.7, 1e-7
+
+    def at(time):
+        return brownian_bridge(LINEAR.interpolate(data, noise, time), time, z, sigma)
+
+    point, mean = at(t), LINEAR.interpolate(data, noise, t)
+    spread = sigma * (t * (1 - t)).sqrt()[:, None, None]
+    assert torch.allclose(point.x - mean.x, spread * z)
+    differences = (at(t + step).x - at(t - step).x) / (2 * step)
+    assert torch.allclose(point.velocity, differences, atol=1e-5)
+    time = t[:, None, None]
+    published = (1 - 2 * time) / (2 * time * (1 - time)) * (point.x - mean.x) + data - noise
+    assert torch.allclose(point.velocity, published, rtol=1e-9)
+    half = torch.full((25,), 0.5, dtype=torch.float64)
+    assert torch.equal(at(half).velocity, data - noise)
+    calm = brownian_bridge(mean, t, z, 0.0)
+    assert torch.equal(calm.x, mean.x)
+    assert torch.equal(calm.velocity, mean.velocity)
+
+
+def gaussian_velocity(path):
+    """The velocity of data N(0.7, 0.5^2) on a path."""
+
+    def velocity(x, t):
+        c = path.coefficients(t, x.dim())
+        variance = (c.alpha * 0.5) ** 2 + c.sigma**2
+        slope = (c.alpha * c.alpha_dot * 0.25 + c.sigma * c.sigma_dot) / variance
+        return c.alpha_dot * 0.7 + slope * (x - c.alpha * 0.7)
+
+    return velocity
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), itertools.permutations([*PATHS.values(), linear(0.01)], 2)
+)
+def test_a_velocity_changes_its_schedule(source, target):
+    """Of a Gaussian, the velocity of one path gives that of another."""
+    r = torch.linspace(0.1, 0.95, 35, dtype=torch.float64)
+    x = torch.randn(35, 4, dtype=torch.float64)
+    moved = reschedule(gaussian_velocity(source), source, target)(x, r)
+    assert torch.allclose(moved, gaussian_velocity(target)(x, r), rtol=1e-8, atol=1e-9)
+
+
+def test_a_change_of_schedule_is_finite_at_the_ends():
+    ends = torch.tensor([0.0, 1.0])
+    change = change_of_schedule(LINEAR, GVP, ends, 2)
+    for value in vars(change).values():
+        assert value.isfinite().all()
+        assert value.shape == (2, 1)
+    assert change.time.flatten().tolist() == pytest.approx([0, 1])
+    same = change_of_schedule(GVP, GVP, torch.linspace(0, 1, 9).double(), 1)
+    for name, expected in (("scale", 1.0), ("scale_dot", 0.0), ("time_dot", 1.0)):
+        assert torch.allclose(getattr(same, name), torch.full((9,), expected).double(), atol=1e-12)
