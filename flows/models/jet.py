@@ -150,18 +150,28 @@ class Network(nn.Module):
     between two of them there are no more numbers than the image has.
     """
 
-    def __init__(self, config: JetConfig) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        tokens: int,
+        width: int,
+        layers: int,
+        heads: int,
+        conditional: bool,
+    ) -> None:
+        """inputs, outputs: numbers of each token"""
         super().__init__()
-        half, width = config.features // 2, config.width
-        self.up = nn.Linear(half, width)
-        self.position = nn.Parameter(torch.empty(config.tokens, width))
-        self.condition = nn.Linear(width, width) if config.conditional else None
-        self.layers = nn.ModuleList(Layer(width, config.heads) for _ in range(config.layers))
+        self.up = nn.Linear(inputs, width)
+        self.position = nn.Parameter(torch.empty(tokens, width))
+        self.condition = nn.Linear(width, width) if conditional else None
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.norm = LayerNorm(width, affine=True)
-        self.out = nn.Linear(width, 2 * half)
+        self.out = nn.Linear(width, outputs)
 
-    def forward(self, half: Tensor, label: Tensor | None) -> Tensor:
-        """(batch, tokens, features / 2) -> (batch, tokens, features): [shift | raw scale].
+    def forward(self, half: Tensor, label: Tensor | None = None) -> Tensor:
+        """(batch, tokens, inputs) -> (batch, tokens, outputs).
 
         label: (batch, width) embedded label. Cross-attention to it, of a single token, would add to
             every token one linear function of it; so does this.
@@ -177,10 +187,23 @@ class Network(nn.Module):
 
 
 class Coupled(NamedTuple):
-    """x: (batch, tokens, features); logdet: (batch,) of one coupling."""
+    """second: (batch, tokens, features / 2) the half as it became; logdet: (batch,)"""
 
-    x: Tensor
+    second: Tensor
     logdet: Tensor
+
+
+def couple(second: Tensor, parameters: Tensor) -> Coupled:
+    """(second + shift) s and sum log s, in float32, with parameters [shift | raw], s of raw."""
+    shift, raw = parameters.float().chunk(2, dim=-1)
+    logdet = (F.logsigmoid(raw) + math.log(LARGEST_SCALE)).flatten(1).sum(1)
+    return Coupled((second + shift) * (LARGEST_SCALE * raw.sigmoid()), logdet)
+
+
+def uncouple(second: Tensor, parameters: Tensor) -> Tensor:
+    """The inverse of `couple`."""
+    shift, raw = parameters.float().chunk(2, dim=-1)
+    return second / (LARGEST_SCALE * raw.sigmoid()) - shift
 
 
 class Jet(nn.Module):
@@ -195,7 +218,18 @@ class Jet(nn.Module):
     def __init__(self, config: JetConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Network(config) for _ in range(config.couplings))
+        self.blocks = nn.ModuleList(
+            Network(
+                config.features // 2,
+                config.features,
+                tokens=config.tokens,
+                width=config.width,
+                layers=config.layers,
+                heads=config.heads,
+                conditional=config.conditional,
+            )
+            for _ in range(config.couplings)
+        )
         self.label = nn.Embedding(config.classes + 1, config.width) if config.conditional else None
         for index in range(config.couplings):
             count = config.features if config.coupling(index)[0] == "channel" else config.tokens
@@ -219,8 +253,9 @@ class Jet(nn.Module):
         embedded = self._embed(label, len(x))
         logdet, power = x.new_zeros(len(x)), x.square().flatten(1).mean(1)
         for index in range(self.config.couplings):
-            x, change = self._couple(index, x, embedded)
-            logdet = logdet + change
+            first, second = self._split(index, x)
+            second, change = couple(second, self.blocks[index](first, embedded))
+            x, logdet = self._join(index, first, second), logdet + change
             if index < self.config.couplings - 1:
                 power = power + x.square().flatten(1).mean(1)
         return FlowOutput(x, logdet, power)
@@ -230,22 +265,9 @@ class Jet(nn.Module):
         x, embedded = z.float(), self._embed(label, len(z))
         for index in reversed(range(self.config.couplings)):
             first, second = self._split(index, x)
-            shift, raw = self._affine(index, first, embedded)
-            second = second / (LARGEST_SCALE * raw.sigmoid()) - shift
+            second = uncouple(second, self.blocks[index](first, embedded))
             x = self._join(index, first, second)
         return unpatchify(x, self.config.patch, self.config.image_size)
-
-    def _couple(self, index: int, x: Tensor, label: Tensor | None) -> Coupled:
-        first, second = self._split(index, x)
-        shift, raw = self._affine(index, first, label)
-        second = (second + shift) * (LARGEST_SCALE * raw.sigmoid())
-        logdet = (F.logsigmoid(raw) + math.log(LARGEST_SCALE)).flatten(1).sum(1)
-        return Coupled(self._join(index, first, second), logdet)
-
-    def _affine(self, index: int, first: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Shift and raw scale of the other half, both (batch, tokens, features / 2) float32."""
-        shift, raw = self.blocks[index](first, label).float().chunk(2, dim=-1)
-        return shift, raw
 
     def _split(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, tokens, features) -> two halves (batch, tokens, features / 2)."""
@@ -275,7 +297,7 @@ class Jet(nn.Module):
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
-        return {name: _init_rule(name, weight.shape) for name, weight in self.named_parameters()}
+        return {name: init_rule(name, weight.shape) for name, weight in self.named_parameters()}
 
 
 def initial_order(config: JetConfig, index: int) -> Tensor:
@@ -322,7 +344,7 @@ class _Put(torch.autograd.Function):
         return put(gradient, ctx.dim, place.argsort()), None, None
 
 
-def _init_rule(name: str, shape: torch.Size) -> Rule:
+def init_rule(name: str, shape: torch.Size) -> Rule:
     """Zero where a coupling ends, ones in norms, Xavier within layers, unit variance at the entry."""
     if name.endswith("bias") or (".out." in name and ".attention." not in name):
         return Rule.constant(0.0)
@@ -340,17 +362,19 @@ def _init_rule(name: str, shape: torch.Size) -> Rule:
     return xavier_uniform(inputs, outputs)
 
 
-def forward_flops(config: JetConfig) -> int:
-    """Floating point operations of the forward of one sample, two for each multiply-add.
+def network_products(inputs: int, outputs: int, tokens: int, width: int, layers: int) -> int:
+    """Multiply-adds of matrix products, attention included, of a network without a condition."""
+    layer = tokens * (4 + 2 * RATIO) * width**2 + 2 * tokens**2 * width
+    return layers * layer + tokens * width * (inputs + outputs)
 
-    Matrix products alone, attention included.
-    """
-    tokens, width = config.tokens, config.width
-    projections = tokens * (4 + 2 * RATIO) * width**2
-    attention = 2 * tokens**2 * width
-    ends = tokens * width * (config.features // 2 + config.features)
-    condition = width**2 if config.conditional else 0
-    return 2 * config.couplings * (config.layers * (projections + attention) + ends + condition)
+
+def forward_flops(config: JetConfig) -> int:
+    """Floating point operations of the forward of one sample, two for each multiply-add."""
+    network = network_products(
+        config.features // 2, config.features, config.tokens, config.width, config.layers
+    )
+    condition = config.width**2 if config.conditional else 0
+    return 2 * config.couplings * (network + condition)
 
 
 # Trained on 64 x 64 images; at any other size the position tables differ.
