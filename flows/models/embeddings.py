@@ -65,3 +65,12 @@ class TimeEmbedding(nn.Module):
         hidden = F.silu(self.up(self.sinusoid(t).to(self.up.weight.dtype)))
         embedding: Tensor = self.out(hidden)
         return embedding
+
+
+def mean_of_rows(text: Tensor) -> Tensor:
+    """(batch, width) mean of the rows of text (batch, tokens, width) that are not all zero.
+
+    Rows of zeros are padding, and a text of nothing else, as training drops it, has the mean zero.
+    """
+    count = text.any(-1).sum(-1, keepdim=True).clamp(min=1)
+    return text.sum(1) / count

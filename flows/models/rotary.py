@@ -4,6 +4,8 @@ Su et al. 2021, "RoFormer", section 3.2. Features 2i and 2i + 1 make a pair, as 
 LightningDiT and FLUX.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,22 @@ def axis_angles(place: Tensor, pairs: int, base: float = BASE) -> Tensor:
     """
     order = torch.arange(pairs, dtype=torch.float64, device=place.device)
     return place.to(torch.float64)[:, None] * base ** (-order / pairs)
+
+
+def grid_places(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column, (side * side,) each, of the places of a square grid in raster order."""
+    place = torch.arange(side, device=device)
+    return place.repeat_interleave(side), place.repeat(side)
+
+
+def axial_turns(places: Sequence[Tensor], pairs: Sequence[int]) -> Tensor:
+    """(2, tokens, sum of pairs) `turns` of places with several coordinates.
+
+    places: for each axis, (tokens,) coordinates
+    pairs: for each axis, how many pairs of features turn by it; axes follow each other
+    """
+    angles = [axis_angles(place, count) for place, count in zip(places, pairs, strict=True)]
+    return turns(torch.cat(angles, dim=1))
 
 
 def turns(angles: Tensor) -> Tensor:

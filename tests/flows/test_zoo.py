@@ -25,6 +25,15 @@ PUBLISHED = {
     ("XL", 4): (675_074_432, 29.044),
     ("XL", 8): (675_683_072, 7.392),
 }
+LIGHTNING = [
+    ("B/1", 130_556_192),
+    ("B/2", 130_556_288),
+    ("L/2", 458_153_056),
+    ("XL/1", 675_256_736),
+    ("XL/2", 675_256_832),
+    ("1.0B/1", 1_029_401_120),
+    ("1.6B/1", 1_631_767_120),
+]
 LATENTS = {"image_size": 32, "channels": 4, "classes": 1000, "text_width": 0, "text_tokens": 0}
 
 
@@ -45,6 +54,23 @@ def test_published_parameters_and_costs(family: str, name: str, patch: int) -> N
     sizes = config(f"{family}-{name}/{patch}")
     assert parameter_count(on_meta(sizes), trainable_only=False) == parameters
     assert forward_flops(sizes) / 2e9 == pytest.approx(giga, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "parameters"), LIGHTNING)
+def test_published_parameters_of_lightning_dit(name: str, parameters: int) -> None:
+    sizes = config(f"LightningDiT-{name}", image_size=16, channels=32)
+    assert parameter_count(on_meta(sizes), trainable_only=False) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "projector"),
+    [("B", 137_845_008, 7_344_896), ("L", 465_955_600, None), ("XL", 683_242_512, 8_131_328)],
+)
+def test_published_parameters_of_repa(name: str, parameters: int, projector: int | None) -> None:
+    model = on_meta(config(f"REPA-SiT-{name}/2"))
+    assert parameter_count(model, trainable_only=False) == parameters
+    if projector is not None:
+        assert sum(weight.numel() for weight in model.projector.parameters()) == projector
 
 
 def test_published_trainable_and_other_totals() -> None:
