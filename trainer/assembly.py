@@ -16,12 +16,13 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.likelihood import Likelihood
 from flows.objectives.objective import Objective
 from flows.paths import path_named
+from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.mesh import Layout, resolve_layout
 from trainer.checkpoints.store import latest_whole
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
-from trainer.recipe import ObjectiveSection, Recipe
+from trainer.recipe import ObjectiveSection, Recipe, SampleSection
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
 
@@ -52,6 +53,15 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         raise UserError(
             f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
             f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
+        )
+    if isinstance(recipe.sample, SampleSection):
+        section = recipe.sample
+        check_settings(
+            section.solver,
+            section.times,
+            section.guidance_channels,
+            section.guidance_cosine,
+            channels=recipe.data.channels,
         )
     model = model_architecture(recipe)
     with torch.device("meta"):

@@ -26,14 +26,19 @@ class Samples:
 
     images: (n, channels, height, width) float32, about [-1, 1]
     labels: (n,) the class each was asked for
-    network_calls: evaluations of the network for one sample; a guided step costs two
+    network_calls: (n,) int64 evaluations of the network for each; a guided step costs two
     step: of the checkpoint they are from; None while training
     """
 
     images: Tensor
     labels: Tensor
-    network_calls: int
+    network_calls: Tensor
     step: int | None = None
+
+    @property
+    def mean_calls(self) -> float:
+        """What a sample costs: they differ where each takes as many steps as it needs."""
+        return self.network_calls.double().mean().item()
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
@@ -49,12 +54,12 @@ def draw_samples(
     device: torch.device,
 ) -> Samples:
     """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
-    images, calls = [], 0
+    images, calls = [], []
     for part in torch.arange(len(labels)).split(BATCH):
         drawn = _integrate(model, recipe, labels[part].to(device), ids[part].to(device))
         images.append(to_images(recipe, drawn.sample, device))
-        calls = max(calls, drawn.network_calls)
-    return Samples(torch.cat(images), labels.cpu(), calls)
+        calls.append(drawn.network_calls)
+    return Samples(torch.cat(images), labels.cpu(), torch.cat(calls).cpu())
 
 
 def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
@@ -99,10 +104,13 @@ def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
             lambda model: draw_samples(model, recipe, labels[own], own, engine.device),
             whole=calls_parts(recipe),
         )
-    images = torch.zeros(share * engine.data_size, *drawn.images.shape[1:], device=engine.device)
-    images[mine] = drawn.images.to(engine.device)
-    together = engine.sum_over_data(images)[:count].cpu()
-    return Samples(together, labels, drawn.network_calls)
+
+    def together(values: Tensor) -> Tensor:
+        every = values.new_zeros(share * engine.data_size, *values.shape[1:], device=engine.device)
+        every[mine] = values.to(engine.device)
+        return engine.sum_over_data(every)[:count].cpu()
+
+    return Samples(together(drawn.images), labels, together(drawn.network_calls))
 
 
 def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:

@@ -42,7 +42,7 @@ def evaluate(
         return
     title = f"{run}, step {samples.step}, {count} samples ({how_in_words(recipe)})"
     table = Table("samples", "found", "beside", title=title)
-    table.add_row("network calls a sample", str(samples.network_calls), "")
+    table.add_row("network calls a sample", f"{samples.mean_calls:g}", "")
     for row in found.rows():
         table.add_row(*row)
     Console().print(table)

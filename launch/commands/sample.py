@@ -50,7 +50,7 @@ def sample(
         typer.echo(json.dumps(result))
         return
     Console(soft_wrap=True).print(
-        f"{count} samples of step {drawn.step} ({how_in_words(recipe)}) at {drawn.network_calls} "
+        f"{count} samples of step {drawn.step} ({how_in_words(recipe)}) at {drawn.mean_calls:g} "
         f"network calls each: {path}",
         highlight=False,
     )
@@ -59,7 +59,7 @@ def sample(
 def how_drawn(recipe: "Recipe", drawn: "Samples") -> dict[str, object]:
     """All that decides the samples of a run, for programs."""
     section = recipe.sample.model_dump(mode="json", exclude={"every", "count"})
-    calls = drawn.network_calls
+    calls = drawn.mean_calls
     return {"step": drawn.step, "seed": recipe.seed, "sample": section, "network_calls": calls}
 
 

@@ -71,7 +71,7 @@ def test_calls_of_the_network_are_counted(trained):
     run, recipe = trained
     for solver, guidance, calls in (("euler", 1.0, 4), ("euler", 2.0, 8), ("heun", 2.0, 16)):
         changed = with_overrides(recipe, [f"sample.solver={solver}", f"sample.guidance={guidance}"])
-        assert sample_checkpoint(run, changed, 2).network_calls == calls
+        assert sample_checkpoint(run, changed, 2).network_calls.tolist() == [calls] * 2
 
 
 def test_classes_come_in_turn():
