@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.paths import GVP, LINEAR, PATHS, VP, Path
+from flows.paths import GVP, LINEAR, LINEAR_VP, PATHS, VP, Path
 from flows.randomness import Draw
 from flows.samplers.ode import solve_ode
 from flows.samplers.sampler import time_grid
@@ -55,15 +55,17 @@ def test_every_diffusion_keeps_the_distribution(
 ) -> None:
     shape = (130,)
     starts = Draw(3, 0, ONE).normal("sample_noise", shape)[0]
+    # What order 1 leaves at 100 steps; order 2 leaves the distance of VP's ends from 0 and 1. With
+    # linear_vp the last step sets out at sigma = sqrt(2 / 100), which `tweedie` takes away.
+    close = {"sde": 0.0075, "sde_heun": 0.003}[solver] if path is not LINEAR_VP else 0.022
     for last in LAST:
         drawn = draw(
             path, samples=ONE, shape=shape, steps=100, solver=solver, diffusion=form,
             diffusion_last=last,
         )  # fmt: skip
         found = drawn_moments(drawn.sample[0], starts, 100)
-        # What order 1 leaves at 100 steps; order 2 leaves the distance of VP's ends from 0 and 1.
-        assert found.mean == pytest.approx(MEAN, abs=0.009), last
-        assert found.std == pytest.approx(STD, abs=0.004 if solver == "sde" else 0.003), last
+        assert found.mean == pytest.approx(MEAN, abs=0.0105), last
+        assert found.std == pytest.approx(STD, abs=close), last
         assert found.kept < 0.7, "the noise of the path itself left no trace"
 
 
