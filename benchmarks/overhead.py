@@ -24,6 +24,7 @@ from flows.batch import Batch
 from flows.errors import UserError
 from flows.initialise import Initialisable, initialise
 from flows.randomness import Draw
+from parallel.pieces import local_part
 from parallel.processes import start, stop
 from trainer.assembly import build_objective, plan
 from trainer.ema import decay_at
@@ -90,7 +91,8 @@ def measure(recipe: Recipe, pairs: int, warm_up: int) -> Overhead:
         difference = 0.0
         for step in range(warm_up + pairs):
             if step == warm_up:
-                difference = _difference(parts.engine.parameters(), weights)
+                ours = parts.engine.parameters()
+                difference = _difference({n: local_part(p) for n, p in ours.items()}, weights)
             for side in (0, 1) if step % 2 else (1, 0):
                 elapsed = _timed(sides[side], step, parts.engine.device)
                 if step >= warm_up:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 
-from parallel.initialise import local_part
+from parallel.pieces import local_part
 
 EPSILON = 1e-6
 

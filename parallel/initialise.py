@@ -7,37 +7,37 @@ j) alone, so the bits are those of one device whatever the layout.
 
 from collections.abc import Mapping
 
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flows.initialise import Rule, fill_
+from parallel.pieces import FlatPiece, Held, local_part
 
 
-def fill_parameters(parameters: Mapping[str, Tensor], rules: Mapping[str, Rule], seed: int) -> None:
+def fill_parameters(parameters: Mapping[str, Held], rules: Mapping[str, Rule], seed: int) -> None:
     """Draw every parameter's local part in place.
 
-    parameters: canonical name -> parameter, materialised; a DTensor where it is cut
+    parameters: canonical name -> parameter, materialised; a DTensor or a piece where it is cut
     rules: canonical name -> how it is drawn
     """
     for name, parameter in parameters.items():
+        shape, offset = tuple(parameter.shape), global_offset(parameter)
+        if isinstance(parameter, FlatPiece):  # a value depends on its number in the whole alone
+            shape = (parameter.shape.numel(),)
         fill_(
             local_part(parameter.detach()),
             rules[name],
             seed=seed,
             name=name,
-            global_shape=tuple(parameter.shape),
-            offset=global_offset(parameter),
+            global_shape=shape,
+            offset=offset,
         )
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's own memory of a tensor, without its padding; may have no elements."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def global_offset(tensor: Tensor) -> tuple[int, ...]:
-    """Where the local part begins in the whole tensor, one index a dimension."""
+def global_offset(tensor: Held) -> tuple[int, ...]:
+    """Where the local part begins in the whole tensor, one index a dimension; one for a piece."""
+    if isinstance(tensor, FlatPiece):
+        return (tensor.start,)
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim()
     _, offset = compute_local_shape_and_global_offset(

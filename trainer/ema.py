@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from parallel.initialise import local_part
+from parallel.pieces import Held, local_part
 
 
 def decay_at(decay: float, step: int) -> float:
@@ -25,7 +25,7 @@ def decay_at(decay: float, step: int) -> float:
 class Ema:
     """Averages of named float32 parameters, one set for each decay, placed like the parameters."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], decays: Sequence[float]) -> None:
+    def __init__(self, parameters: Mapping[str, Held], decays: Sequence[float]) -> None:
         """Begin every average at the parameters as they are now."""
         for name, parameter in parameters.items():
             if parameter.dtype != torch.float32:
@@ -36,7 +36,7 @@ class Ema:
         }
         self._applied = False
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Held]:
         """`<decay>.<name>` -> average, for checkpoints; loading writes in place."""
         self._refuse_while_applied()
         return {
@@ -46,7 +46,7 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], skip: Tensor, step: int) -> None:
+    def update(self, parameters: Mapping[str, Held], skip: Tensor, step: int) -> None:
         """e <- e + (1 - d) (1 - skip) (p - e) for every decay d, as in force at `step`.
 
         skip: () 1 where the optimizer step was skipped, else 0; on the parameters' device
@@ -57,17 +57,19 @@ class Ema:
                 weight = (1.0 - skip.float()) * (1.0 - decay_at(decay, step))
                 targets = [local_part(average) for average in averages.values()]
                 sources = [local_part(parameters[name]) for name in averages]
+                # An optimizer on the host keeps its weights there, and their averages with them.
+                weight = weight.to(targets[0].device)
                 torch._foreach_lerp_(targets, sources, [weight] * len(targets))
 
     @contextmanager
-    def applied(self, parameters: Mapping[str, Tensor], decay: float) -> Iterator[None]:
+    def applied(self, parameters: Mapping[str, Held], decay: float) -> Iterator[None]:
         """Within, `parameters` hold the average of `decay` and the average holds the parameters.
 
         Local data change places in place, with memory for one tensor; they change back at the
         end, whatever happens within. Checkpoints and updates are refused meanwhile.
         """
         self._refuse_while_applied()
-        exchanged: list[tuple[Tensor, Tensor]] = []
+        exchanged: list[tuple[Held, Held]] = []
         self._applied = True
         try:
             for name, average in self.averages[decay].items():
@@ -85,8 +87,8 @@ class Ema:
 
 
 @torch.no_grad()
-def _exchange(first: Tensor, second: Tensor) -> None:
-    first, second = local_part(first), local_part(second)
-    held = first.clone()
-    first.copy_(second)
-    second.copy_(held)
+def _exchange(first: Held, second: Held) -> None:
+    one, other = local_part(first), local_part(second)
+    held = one.clone()
+    one.copy_(other)
+    other.copy_(held)

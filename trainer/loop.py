@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from data_pipeline.loader import Loader
 from flows.objectives.objective import Objective
 from parallel.clock import Clock
 from parallel.engines.engine import Engine
+from parallel.pieces import Held
 from trainer.checkpoints.store import save
 from trainer.coupling import coupled
 from trainer.ema import Ema
@@ -139,7 +139,7 @@ def checkpoint(parts: Parts, done: int) -> None:
     parts.telemetry.restart_clock()
 
 
-def checkpoint_tensors(parts: Parts) -> dict[str, Tensor]:
+def checkpoint_tensors(parts: Parts) -> dict[str, Held]:
     """Canonical name -> tensor, the same names under any layout; loading writes in place."""
     return {
         **{f"model.{name}": value.detach() for name, value in parts.engine.parameters().items()},

@@ -1,6 +1,6 @@
 """The protocol between the training loop and whatever moves the model: all that the loop knows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
+from parallel.pieces import Held
 
 T = TypeVar("T")
 
@@ -29,17 +30,18 @@ class Engine(Protocol):
     """One model over many ranks.
 
     data_rank, data_size: this rank's place among those that read different samples
-    parameters: canonical name -> parameter (a DTensor where it is sharded); the names are those of
-        the single-device model, whatever wraps it
+    parameters: canonical name -> float32 parameter, as far as this rank holds it; the names are
+        those of the single-device model, whatever wraps it. What is written into them before the
+        first step, or within the block of a `run`, is what counts from the next `run` or step on.
     """
 
     device: torch.device
     data_rank: int
     data_size: int
 
-    def parameters(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Mapping[str, Held]: ...
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
+    def optimizer_tensors(self) -> Mapping[str, Held]:
         """`<parameter name>.<slot>` -> optimizer state, placed like the parameter or one number.
 
         It exists from the start, so loading writes in place.

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import processes
 from parallel.gradients import clip_gradients, gradient_norm
-from parallel.initialise import local_part
 from parallel.mesh import Layout, build_mesh, resolve_layout
+from parallel.pieces import local_part
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.parallel import scenario

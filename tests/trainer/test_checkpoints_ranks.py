@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from flows.errors import UserError
+from parallel.pieces import FlatPiece, local_part
 from tests.distributed.harness import RankFailed, run_ranks
 from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.store import damage, latest_whole, list_checkpoints, load, save
@@ -62,6 +63,7 @@ def layouts(world_size):
         "rows": placed(line, Shard(0)),
         "columns": placed(line, Shard(1)),
         "replicas": placed(line, Replicate()),
+        "flat": lambda tensor: flat_piece(tensor, line.get_local_rank(), world_size),
     }
     if world_size == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -70,9 +72,19 @@ def layouts(world_size):
     return found
 
 
+def flat_piece(tensor, rank, world_size):
+    """A run of elements whose ends are anywhere in a row; the last rank holds least, or nothing."""
+    length = -(-(tensor.numel() + 1) // world_size)
+    begin, end = (min(tensor.numel(), n * length) for n in (rank, rank + 1))
+    return FlatPiece(tensor.flatten()[begin:end].clone(), tensor.shape, begin)
+
+
 def assert_equal(found, expected):
     for name, value in expected.items():
         tensor = found[name].full_tensor() if isinstance(found[name], DTensor) else found[name]
+        if isinstance(tensor, FlatPiece):
+            value = value.flatten()[tensor.start : tensor.start + len(tensor.local)]
+            tensor = tensor.local
         assert torch.equal(tensor, value), name
 
 
@@ -206,13 +218,17 @@ def with_bounded_memory(ranks, folder):
     rows = {f"t{i}": torch.full((1 << 12, 1 << 9), float(i)) for i in range(8)}  # 8 MiB each
     tensors = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in rows.items()}
     columns = {name: distribute_tensor(value, mesh, [Shard(1)]) for name, value in rows.items()}
+    pieces = {name: flat_piece(value, ranks.rank, 2) for name, value in rows.items()}
     del rows
-    for target in columns.values():
-        target.to_local().zero_()
+    for target in (*columns.values(), *pieces.values()):
+        local_part(target).zero_()
     with watched_memory() as peak:
         path = save(folder, step=1, tensors=tensors, state={}, keep=1)
         load(path, columns)
-    assert all(bool((columns[f"t{i}"].to_local() == i).all()) for i in range(8))
+        load(path, pieces)
+        load(save(folder, step=2, tensors=pieces, state={}, keep=1), columns)
+    for held in (columns, pieces):
+        assert all(bool((local_part(held[f"t{i}"]) == i).all()) for i in range(8))
     # A rank's share is 32 MiB, the whole 64 MiB; a piece that is copied 2 to 4 MiB.
     assert peak() < 16 * 2**20, f"{peak() / 2**20:.0f} MiB more at the peak"
 
@@ -257,7 +273,7 @@ def folder(tmp_path_factory):
 
 def test_one_process_loads_what_any_layout_saved(folder):
     saved = sorted(folder.glob("by-*/*/step-00000005"))
-    assert len(saved) == 1 + 4 + 6
+    assert len(saved) == 1 + 5 + 7
     for path in saved:
         targets = {name: torch.full_like(value, 9) for name, value in values().items()}
         assert load(path, targets) == STATE

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as planned_load
 from torch.distributed.checkpoint.state_dict_saver import save as planned_save
 from torch.distributed.tensor import DTensor
 
 from flows.errors import UserError
+from parallel.pieces import FlatPiece, Held
 from trainer.checkpoints.commit import begin, commit, committed, retire, writing_folder
 from trainer.checkpoints.manifest import (
     FORMAT_VERSION,
@@ -38,6 +37,7 @@ from trainer.checkpoints.manifest import (
     damaged_sizes,
     read_manifest,
 )
+from trainer.checkpoints.plans import LoadPlanner, SavePlanner, planned
 from trainer.checkpoints.shards import DTYPES, ShardReader, ShardWriter
 
 logger = logging.getLogger(__name__)
@@ -57,14 +57,14 @@ def save(
     folder: Path,
     *,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Held],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
     """Commit `tensors` and `state` as the checkpoint of `step`, keep the newest `keep`; its path.
 
-    Every rank gives the same names with plain tensors (replicas, equal on all ranks) or DTensors;
-    each piece is written by one of the ranks that hold it. Rank 0's `state` is the one kept.
+    Every rank gives the same names with plain tensors (replicas, equal on all ranks), DTensors or
+    `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's `state` is the one kept.
     UserError on every rank, with the folder as it was, where one rank cannot write.
     """
     if keep < 1:
@@ -79,11 +79,13 @@ def save(
 
     writing = writing_folder(folder, step)
     writer = ShardWriter(writing, lambda: begin(folder, step), write_and_retire)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _quiet_without_ranks():
             planned_save(
-                dict(tensors), storage_writer=writer, planner=planner, no_dist=not _distributed()
+                planned(tensors),
+                storage_writer=writer,
+                planner=SavePlanner(),
+                no_dist=not _distributed(),
             )
     except CheckpointException as error:
         if _rank() == 0:
@@ -92,7 +94,7 @@ def save(
     return folder / f"step-{step:08d}"
 
 
-def load(checkpoint: Path, tensors: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Any]:
+def load(checkpoint: Path, tensors: Mapping[str, Held], *, prefix: str = "") -> dict[str, Any]:
     """Fill `tensors` in place from one checkpoint, each rank its own part; the saved state.
 
     Names, shapes and dtypes must be those of the checkpoint. With a `prefix`, only the tensors
@@ -111,12 +113,13 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], *, prefix: str = "") -
             f"{checkpoint}: tensor {min(unasked)} is in the checkpoint and not in this model "
             f"({len(unasked)} such); use the recipe that wrote the checkpoint."
         )
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = ShardReader(checkpoint, manifest)
     try:
         with _quiet_without_ranks():
             planned_load(
-                dict(tensors), storage_reader=reader, planner=planner, no_dist=not _distributed()
+                planned(tensors),
+                storage_reader=ShardReader(checkpoint, manifest),
+                planner=LoadPlanner(),
+                no_dist=not _distributed(),
             )
     except CheckpointException as error:
         raise _as_user_error(error, f"{checkpoint} was not read") from error
@@ -190,7 +193,7 @@ def none_whole(folder: Path, count: int, damage: str) -> UserError:
 
 
 def _check_tensors(
-    checkpoint: Path, wanted: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
+    checkpoint: Path, wanted: Mapping[str, TensorEntry], tensors: Mapping[str, Held]
 ) -> None:
     """UserError for the first tensor that is not in the checkpoint as this rank has it."""
     for name, tensor in tensors.items():
@@ -206,8 +209,8 @@ def _check_tensors(
             )
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> str:
-    """For people: `4 ranks, mesh replicate=2 shard=2`."""
+def _layout(tensors: Mapping[str, Held]) -> str:
+    """For people: `4 ranks, mesh replicate=2 shard=2`, or `2 ranks, cut flat`."""
     meshes = {tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)}
     names = sorted(
         " ".join(
@@ -219,7 +222,8 @@ def _layout(tensors: Mapping[str, Tensor]) -> str:
         for mesh in meshes
     )
     count = f"{_ranks()} rank{'s' * (_ranks() > 1)}"
-    return ", ".join([count, *(f"mesh {name}" for name in names)])
+    flat = ["cut flat"] if any(isinstance(held, FlatPiece) for held in tensors.values()) else []
+    return ", ".join([count, *(f"mesh {name}" for name in names), *flat])
 
 
 def _as_user_error(error: CheckpointException, what: str) -> BaseException:
