@@ -1,5 +1,7 @@
-"""Gaussian data, for which the velocity, the solution of the ODE and every marginal are known."""
+"""Gaussian data, and eight Gaussians on a ring, for which the velocity, the solution of the ODE and every
+marginal are known."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from flows.samplers.sampler import Sampled, sample
 
 MEAN, STD = 1.5, 0.5
 NULL = 7
+_ANGLES = torch.arange(8) * (math.pi / 4)
+RING, RING_SPREAD = 4.0 * torch.stack((_ANGLES.cos(), _ANGLES.sin()), 1), 0.5
 
 
 class GaussianVelocity:
@@ -67,3 +71,15 @@ def exact(path: Path, noise: Tensor, low: float, high: float) -> Tensor:
     """The ODE keeps the quantile of a Gaussian: (x - alpha MEAN) / std_t does not change."""
     (mean, std), (end_mean, end_std) = moments(path, low), moments(path, high)
     return end_mean + end_std / std * (noise - mean)
+
+
+def ring_velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Of the linear path to the Gaussian on the ring that `label` names, or to all with label 8."""
+    asked, t = condition["label"], t[:, None]
+    variance = t.square() * RING_SPREAD**2 + (1 - t).square()
+    away = x[:, None] - t[:, :, None] * RING
+    chance = (-away.square().sum(2) / (2 * variance)).softmax(1)
+    chance = torch.where((asked == 8)[:, None], chance, torch.eye(8)[asked.clamp(max=7)])
+    slope = (t * RING_SPREAD**2 - (1 - t)) / variance
+    velocities = RING + slope[:, :, None] * away
+    return (chance[:, :, None] * velocities).sum(1)

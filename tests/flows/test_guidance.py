@@ -1,7 +1,5 @@
 """Guidance is the formula, costs what it says, and is absent where it is switched off."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from flows.paths import LINEAR
 from flows.randomness import Draw
 from flows.samplers.guidance import Condition, Field, Guidance, Velocity, null_condition
 from flows.samplers.sampler import Sampled, sample
+from tests.flows.gaussian import RING, RING_SPREAD, ring_velocity
 
 NULL = 9
 LABEL = torch.tensor([3, 0, 7])
@@ -194,31 +193,13 @@ def test_velocities_of_zero_have_no_direction_to_agree_in() -> None:
     assert field.network_calls.tolist() == [4, 4, 4]
 
 
-CENTRES = 4.0 * torch.stack(
-    (torch.arange(8).mul(math.pi / 4).cos(), torch.arange(8).mul(math.pi / 4).sin()), 1
-)
-SPREAD = 0.5
-
-
-def eight_gaussians(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The exact velocity on the linear path to eight Gaussians on a ring, or to the one asked for."""
-    asked, t = condition["label"], t[:, None]
-    variance = t.square() * SPREAD**2 + (1 - t).square()
-    away = x[:, None] - t[:, :, None] * CENTRES
-    chance = (-away.square().sum(2) / (2 * variance)).softmax(1)
-    chance = torch.where((asked == 8)[:, None], chance, torch.eye(8)[asked.clamp(max=7)])
-    slope = (t * SPREAD**2 - (1 - t)) / variance
-    velocities = CENTRES + slope[:, :, None] * away
-    return (chance[:, :, None] * velocities).sum(1)
-
-
 def test_adaptive_guidance_saves_a_quarter_and_keeps_the_distribution() -> None:
     samples = torch.arange(2000)
     full, adaptive = ring(samples, None), ring(samples, 0.99)
     assert full.network_calls.tolist() == [80] * 2000
     assert adaptive.network_calls.double().mean() < 0.75 * 80
     # How far guidance moves the distribution, beside how far leaving it out early does.
-    real = CENTRES[samples % 8] + SPREAD * Draw(2, 0, samples).normal("real", (2,))
+    real = RING[samples % 8] + RING_SPREAD * Draw(2, 0, samples).normal("real", (2,))
     moved = energy_distance(full.sample, real, chunk=500)
     changed = energy_distance(adaptive.sample, full.sample, chunk=500)
     assert changed < 0.05 * moved
@@ -237,7 +218,7 @@ def ring(samples: Tensor, cosine: float | None) -> Sampled:
     """40 guided steps to the Gaussian of each sample's class, classes in turn."""
     label = {"label": samples % 8}
     return sample(
-        eight_gaussians,
+        ring_velocity,
         label,
         null_condition(label, 8),
         samples,
