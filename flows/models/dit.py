@@ -39,9 +39,11 @@ from flows.models.norms import (
 from flows.models.rotary import axial_turns, grid_places
 
 EMBEDDING_STD = 0.02
-ALIGN_HIDDEN = 2048
+DIFFUSION_STEPS = 1000
 
 Placement = Literal["pre", "peri", "post"]
+# How a network counts time: as flows do, or as the programs whose weights it may have.
+TimeKind = Literal["flow", "reversed", "steps"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,16 @@ class DiTConfig:
     )
     align_width: int = field(
         default=0, metadata={"description": "REPA: width of the features to align", "minimum": 0}
+    )
+    align_hidden: int = field(
+        default=2048, metadata={"description": "REPA: hidden width of the projector"}
+    )
+    time: TimeKind = field(
+        default="flow",
+        metadata={
+            "description": "what the network is told: flow (t), reversed (1 - t; REPA), steps "
+            "(999 to 0; DiT)"
+        },
     )
     text_width: int = 0
     text_tokens: int = 0
@@ -220,11 +232,11 @@ class Final(nn.Module):
 class Projector(nn.Module):
     """Three layers with SiLU between them, from hidden states to the features of another encoder."""
 
-    def __init__(self, width: int, features: int) -> None:
+    def __init__(self, width: int, hidden: int, features: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, ALIGN_HIDDEN)
-        self.middle = nn.Linear(ALIGN_HIDDEN, ALIGN_HIDDEN)
-        self.out = nn.Linear(ALIGN_HIDDEN, features)
+        self.up = nn.Linear(width, hidden)
+        self.middle = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, features)."""
@@ -254,7 +266,8 @@ class DiT(nn.Module):
         norm = norm_of(config.norm, width, affine=config.norm_affine) if peri else nn.Identity()
         self.embedding_norm = norm
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.projector = Projector(width, config.align_width) if config.align_depth else None
+        aligned, features = config.align_depth > 0, config.align_width
+        self.projector = Projector(width, config.align_hidden, features) if aligned else None
         self.final = Final(config)
         self.register_buffer("position", torch.empty(config.tokens, width), persistent=False)
         turn = torch.empty(2, config.tokens, pairs) if config.rope else None
@@ -301,7 +314,7 @@ class DiT(nn.Module):
 
     def _condition(self, t: Tensor, label: Tensor, text: Tensor | None) -> Tensor:
         """(batch, width) the sum of all that conditions, through the SiLU that all blocks share."""
-        time = self.time(t)
+        time = self.time(told_time(t, self.config.time))
         # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
         total = time + self.label(label).to(time.dtype)
         if self.text is not None:
@@ -313,6 +326,18 @@ class DiT(nn.Module):
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         return {name: _init_rule(name, weight.shape) for name, weight in self.named_parameters()}
+
+
+def told_time(t: Tensor, kind: TimeKind) -> Tensor:
+    """Flow time t (0 noise, 1 data) as a network counts it; float32 whatever it computes in.
+
+    steps: of a diffusion from data to noise, 0 ... 999. Step k has seen k + 1 of 1,000 parts of the
+        noise of the variance-preserving path, which is what its schedule is a discretisation of.
+    """
+    if kind == "flow":
+        return t
+    backwards = 1 - t.float()
+    return backwards if kind == "reversed" else DIFFUSION_STEPS * backwards - 1
 
 
 def _init_rule(name: str, shape: torch.Size) -> Rule:
@@ -350,7 +375,8 @@ def forward_flops(config: DiTConfig) -> int:
     ends = tokens * width * pixels * (config.channels + config.outputs)
     projector = 0
     if config.align_depth:
-        projector = tokens * ALIGN_HIDDEN * (width + ALIGN_HIDDEN + config.align_width)
+        hidden = config.align_hidden
+        projector = tokens * hidden * (width + hidden + config.align_width)
     blocks = config.depth * (projections + attention)
     return 2 * (conditioning + modulations + blocks + ends + projector)
 

@@ -1,0 +1,157 @@
+"""From a published state dictionary to a configuration and a state dictionary of ours, and back."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flows.errors import UserError
+from flows.models.family import Family
+from trainer.checkpoints.foreign import dit
+from trainer.checkpoints.foreign.moves import State, to_ours, to_theirs
+from trainer.checkpoints.foreign.source import (
+    Contents,
+    Source,
+    checked_facts,
+    configured,
+    differs,
+)
+
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        dit.SIT,
+        dit.DIT,
+        dit.REPA,
+        dit.LIGHTNING,
+    )
+}
+# Formats that are known, and why they cannot be converted.
+REFUSED = {
+    "dit-moe": "a dit-moe file is of a mixture of experts, and no model here has experts yet; import a "
+    "dense model such as sit instead.",
+}
+
+
+class Converted(NamedTuple):
+    """config: of one of the families in `flows.models.zoo`; state: for the model built from it."""
+
+    config: Any
+    state: State
+
+
+def source_named(name: str) -> Source:
+    """A format by its name; UserError naming those there are."""
+    if name in REFUSED:
+        raise UserError(REFUSED[name])
+    if name not in SOURCES:
+        raise UserError(f"there is no format {name!r}; use {', '.join(SOURCES)}.")
+    return SOURCES[name]
+
+
+def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Converted:
+    """The model that a state dictionary of the format `source` is of: its configuration and state.
+
+    state_dict: names -> tensors (or numpy arrays, or nested dictionaries of them)
+    facts: keys of the configuration, where names and shapes do not tell them (heads=16)
+
+    Tensors keep their dtypes, and every bit of them. Raises UserError for what is missing, has no place,
+    contradicts what was told, or must be told.
+    """
+    chosen = source_named(source)
+    state = chosen.renamed(_flat(state_dict))
+    told = checked_facts(chosen.family, facts)
+    contents = Contents(chosen.name, state)
+    config = configured(chosen, chosen.read(contents, told), told)
+    chosen.check(config)
+    moves = chosen.moves(config)
+    tables = chosen.tables(config)
+    expected = to_theirs(moves, _empty(chosen.family, config))
+    _check_tensors(chosen, state, expected)
+    if strange := [name for name in state if name not in expected | tables]:
+        raise UserError(
+            f"tensor {strange[0]} has no place in a {source} file of this model ({len(strange)} such); "
+            "leave it out, or choose the format that wrote the file."
+        )
+    _check_tables(chosen, state, tables)
+    return Converted(config, to_ours(moves, state))
+
+
+def to_foreign(config: Any, state: Mapping[str, Tensor], target: str) -> State:
+    """The inverse of `convert`: a state dictionary of ours in the format `target`, tables included.
+
+    Raises UserError where the format has no place for such a model, or a tensor is missing.
+    """
+    chosen = source_named(target)
+    if not isinstance(config, chosen.family.config):
+        raise UserError(
+            f"a {type(config).__name__} is no model of the family {chosen.family.name}, which "
+            f"{target} files hold; choose another format."
+        )
+    chosen.check(config)
+    expected = _empty(chosen.family, config)
+    if missing := sorted(expected.keys() - state.keys()):
+        raise UserError(
+            f"tensor {missing[0]} is missing in the state ({len(missing)} such); give the whole "
+            "state dictionary of the model."
+        )
+    weights = to_theirs(chosen.moves(config), state)
+    dtype = next(iter(weights.values())).dtype
+    return weights | {name: value.to(dtype) for name, value in chosen.tables(config).items()}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a configuration."""
+    return next(s.family for s in SOURCES.values() if isinstance(config, s.family.config))
+
+
+def _empty(family: Family, config: Any) -> State:
+    """Our state dictionary without values, on the meta device."""
+    with torch.device("meta"):
+        return dict(family.build(config).state_dict())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> State:
+    """Tensors by name; what is nested gets the names that JAX prints, ['a']['b']."""
+    flat: State = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        name = f"{prefix}['{key}']" if prefix or nested else key
+        if nested:
+            flat |= _flat(value, name)
+        elif isinstance(value, Tensor):
+            flat[name] = value.detach()
+        elif isinstance(value, np.ndarray):
+            flat[name] = torch.from_numpy(value)
+        else:
+            raise UserError(
+                f"{name} is a {type(value).__name__} and no tensor; give the state dictionary alone."
+            )
+    return flat
+
+
+def _check_tensors(source: Source, state: State, expected: State) -> None:
+    """UserError for the first tensor that is missing or has another shape than it must have."""
+    for name, empty in expected.items():
+        if name not in state:
+            raise UserError(
+                f"tensor {name} is missing, which a {source.name} file of this model has; restore the "
+                "file, or choose the format that wrote it."
+            )
+        if state[name].shape != empty.shape:
+            raise UserError(
+                f"tensor {name} is {list(state[name].shape)}, and in a {source.name} file of this model "
+                f"it is {list(empty.shape)}; choose the format that wrote the file, or tell other facts."
+            )
+
+
+def _check_tables(source: Source, state: State, tables: State) -> None:
+    """UserError for a table that is not what is computed in its place."""
+    for name, table in tables.items():
+        if name in state and differs(table, state[name]):
+            raise UserError(
+                f"tensor {name} is not the table that a {source.name} model of this shape computes, and "
+                "a model here has no place for another; this file cannot be imported."
+            )
