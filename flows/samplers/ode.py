@@ -15,16 +15,24 @@ VelocityField = Callable[[Tensor, float], Tensor]
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 
-def solve_ode(field: VelocityField, x: Tensor, times: Sequence[float], solver: OdeSolver) -> Tensor:
-    """x at times[-1] from x (batch, ...) float32 at times[0].
+def solve_ode(
+    field: VelocityField,
+    x: Tensor,
+    times: Sequence[float],
+    solver: OdeSolver,
+    *,
+    relative: float = RELATIVE,
+    absolute: float = ABSOLUTE,
+) -> Tensor:
+    """x at times[-1] from x (batch, ...) at times[0]; the times may fall.
 
     Order, and evaluations of the field in N steps: euler 1, N; heun and midpoint 2, 2 N; rk4 4,
     4 N; pseudo_corrector 2, N + 1. dopri5 (order 5) uses the ends of `times` alone; its steps suit
-    the sample with the largest error.
+    the sample with the largest error, which they hold to `relative` and `absolute`.
     """
     match solver:
         case "dopri5":
-            return _dopri5(field, x, times[0], times[-1])
+            return _dopri5(field, x, times[0], times[-1], relative, absolute)
         case "pseudo_corrector":
             return _pseudo_corrector(field, x, times)
     step = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "rk4": _rk4}[solver]
@@ -76,7 +84,9 @@ def _pseudo_corrector(field: VelocityField, x: Tensor, times: Sequence[float]) -
     return x
 
 
-def _dopri5(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor:
+def _dopri5(
+    field: VelocityField, x: Tensor, start: float, end: float, relative: float, absolute: float
+) -> Tensor:
     # Brings in half of scipy, which every rank of a training would otherwise wait for.
     from torchdiffeq import odeint
 
@@ -85,8 +95,8 @@ def _dopri5(field: VelocityField, x: Tensor, start: float, end: float) -> Tensor
         lambda t, y: field(y, t.item()),
         x,
         ends,
-        rtol=RELATIVE,
-        atol=ABSOLUTE,
+        rtol=relative,
+        atol=absolute,
         method="dopri5",
         # A step must end at the last time: beyond it there is no velocity.
         options={"norm": _largest_rms, "step_t": ends[1:]},
