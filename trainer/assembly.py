@@ -10,6 +10,7 @@ from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
 from flows.dequantisation import Levels
 from flows.errors import UserError
+from flows.models.dequantised import DequantiserConfig, dequantised
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
 from flows.objectives.flow_matching import FlowMatching
@@ -101,7 +102,20 @@ def model_architecture(recipe: Recipe) -> Architecture:
         "text_width": data.text.width if data.text else 0,
         "text_tokens": data.text.tokens if data.text else 0,
     }
-    return architecture(FAMILIES[section.family], section.name, section.own_keys(), sizes)
+    made = architecture(FAMILIES[section.family], section.name, section.own_keys(), sizes)
+    objective = recipe.objective
+    if isinstance(objective, LikelihoodSection) and objective.dequantisation == "variational":
+        return dequantised(made, _dequantiser(recipe, objective))
+    return made
+
+
+def _dequantiser(recipe: Recipe, section: LikelihoodSection) -> DequantiserConfig:
+    return DequantiserConfig(
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        levels=Levels(section.levels, section.bins),
+        **section.dequantiser.model_dump(),
+    )
 
 
 def training_stream(recipe: Recipe) -> Stream:

@@ -4,9 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.section import AnyObjective, AnySampling, Positive
+from trainer.section import AnyObjective, AnySampling, Positive, Section
 
 NO_GUIDANCE = 0.0
+
+
+class DequantiserSection(Section):
+    """The small flow that learns which noise fills the bins, see `flows.models.dequantised`."""
+
+    patch: Positive = 2
+    width: Positive = 64
+    couplings: Positive = 4
+    layers: Positive = 1
+    heads: Positive = 2
 
 
 class LikelihoodSection(AnyObjective):
@@ -26,6 +36,7 @@ class LikelihoodSection(AnyObjective):
     bins: Literal["inside", "above", "around"] = Field(
         "inside", description="which bin a level stands for: TarFlow's, Jet's, or one around it"
     )
+    dequantiser: DequantiserSection = DequantiserSection()
     power: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the mean square of what lies between blocks (STARFlow: 1e-4)"
     )

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import UserError
+from flows.models.dequantised import Dequantised
+from flows.models.jet import Jet
+from flows.randomness import Draw
 from flows.samplers.guidance import Condition, null_condition
 from flows.samplers.sampler import Sampled, sample
 from parallel.engines.engine import Engine
@@ -54,9 +57,10 @@ def draw_samples(
     device: torch.device,
 ) -> Samples:
     """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
+    draw = _integrate if isinstance(recipe.sample, SampleSection) else _invert
     images, calls = [], []
     for part in torch.arange(len(labels)).split(BATCH):
-        drawn = _integrate(model, recipe, labels[part].to(device), ids[part].to(device))
+        drawn = draw(model, recipe, labels[part].to(device), ids[part].to(device))
         images.append(to_images(recipe, drawn.sample, device))
         calls.append(drawn.network_calls)
     return Samples(torch.cat(images), labels.cpu(), torch.cat(calls).cpu())
@@ -81,6 +85,17 @@ def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> 
         prediction=objective.prediction,
         **section.model_dump(exclude={"every", "count"}),
     )
+
+
+def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+    """Samples of a normalizing flow: noise, carried back to data."""
+    if isinstance(model, Dequantised):
+        model = model.flow
+    config = model_architecture(recipe).config
+    z = Draw(recipe.seed, 0, ids).normal("sample_noise", (config.tokens, config.features))
+    if isinstance(model, Jet):
+        return Sampled(model.inverse(z, label), 1)
+    raise TypeError(f"no way to invert a {type(model).__name__}")
 
 
 def calls_parts(recipe: Recipe) -> bool:

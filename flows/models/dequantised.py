@@ -14,7 +14,7 @@ uniform noise, and can only lower it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -24,6 +24,7 @@ from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.initialise import Initialisable, Rule
 from flows.models.embeddings import patchify, unpatchify
+from flows.models.family import Architecture
 from flows.models.flow import FlowOutput
 from flows.models.jet import Network, couple, init_rule, network_products
 
@@ -168,3 +169,16 @@ def forward_flops(config: DequantiserConfig) -> int:
         half + config.features, 2 * half, tokens, config.width, config.layers
     )
     return 2 * config.couplings * network
+
+
+def dequantised(flow: Architecture, config: DequantiserConfig) -> Architecture:
+    """The architecture of `flow` behind a dequantiser; its sizes are those of the flow."""
+    family = flow.family
+    return Architecture(
+        replace(
+            family,
+            build=lambda sizes: Dequantised(family.build(sizes), config),
+            forward_flops=lambda sizes: family.forward_flops(sizes) + forward_flops(config),
+        ),
+        flow.config,
+    )

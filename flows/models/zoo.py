@@ -3,12 +3,29 @@
 import difflib
 
 from flows.errors import UserError
-from flows.models import dit, dit_sizes
+from flows.models import dit, dit_sizes, jet, starflow, tarflow
 from flows.models.family import Family
 
 DIT = Family("dit", "velocity", dit.DiTConfig, dit.DiT, dit.forward_flops, dit_sizes.PUBLISHED)
+TARFLOW = Family(
+    "tarflow",
+    "likelihood",
+    tarflow.TarFlowConfig,
+    tarflow.TarFlow,
+    tarflow.forward_flops,
+    tarflow.PUBLISHED,
+)
+STARFLOW = Family(
+    "starflow",
+    "likelihood",
+    starflow.STARFlowConfig,
+    starflow.STARFlow,
+    starflow.forward_flops,
+    starflow.PUBLISHED,
+)
+JET = Family("jet", "likelihood", jet.JetConfig, jet.Jet, jet.forward_flops, jet.PUBLISHED)
 
-FAMILIES = {family.name: family for family in (DIT,)}
+FAMILIES = {family.name: family for family in (DIT, TARFLOW, STARFLOW, JET)}
 
 
 def names() -> dict[str, Family]:
