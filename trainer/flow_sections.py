@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.section import AnyObjective, AnySampling, Positive, Section
 
@@ -46,27 +46,34 @@ class InversionSection(AnySampling):
     """Of a normalizing flow: carrying noise back to data."""
 
     guidance: Annotated[float, Field(ge=0)] = Field(NO_GUIDANCE, description="0: none")
-    rule: Literal["linear", "product"] = Field(
-        "linear",
-        description="linear: TarFlow's guidance; product: STARFlow's, of mean and variance",
+    form: Literal["linear", "distribution"] = Field(
+        "linear", description="linear: TarFlow's guidance; distribution: STARFlow's"
     )
-    guided_part: Literal["both", "scale", "shift"] = Field(
+    parts: Literal["both", "scale", "shift"] = Field(
         "both", description="what linear guidance acts on"
     )
-    anneal: bool = Field(False, description="guidance grows with the place of the token")
+    annealed: bool = Field(False, description="guidance grows along the tokens, to its full weight")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="of the attention of the branch guided away from; for models without classes",
+        description="of the attention that guidance leads away from; not 1: without classes, too",
     )
-    strategy: Literal["auto", "sequential", "jacobi", "gs_jacobi"] = Field(
-        "sequential", description="how tokens are inverted; auto: whatever is fastest here"
+    strategy: Literal["sequential", "jacobi", "gs_jacobi", "sliding"] = Field(
+        "sequential", description="how tokens are solved for, see `flows.samplers.inversion`"
     )
-    groups: Positive = Field(8, description="gs_jacobi: groups of tokens, one after another")
+    group: Annotated[int, Field(ge=2, lt=2**31)] = Field(
+        16, description="gs_jacobi, sliding: tokens solved for together"
+    )
+    iterations: Positive | None = Field(
+        None, description="most network calls for a group; null: until it settles"
+    )
     tolerance: Annotated[float, Field(ge=0)] = Field(
-        1e-6, description="jacobi, gs_jacobi: change of a token below which iterations end"
+        1e-3, description="a token settles when it changes by no more than this"
+    )
+    clamp: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="iterates are kept within +- this; null: as they are"
     )
     denoise: Annotated[float, Field(ge=0, le=4)] = Field(
-        1.0, description="share of the noise of objective.noise that a last step takes away"
+        1.0, description="share of objective.noise that a last step takes out of samples"
     )
 
     @property
@@ -75,3 +82,12 @@ class InversionSection(AnySampling):
 
     def in_words(self) -> str:
         return f"{self.strategy}, guidance {self.guidance:g}"
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "InversionSection":
+        if self.form == "distribution" and self.parts != "both":
+            raise ValueError(
+                f"sample.parts = {self.parts} is for linear guidance, and sample.form = distribution "
+                "guides scale and shift together; set sample.parts=both"
+            )
+        return self

@@ -10,11 +10,12 @@ from data_pipeline.loader import read_all
 from data_pipeline.shards import search
 from flows.errors import UserError
 from parallel.processes import choose_device
+from trainer.drawing import Samples
 from trainer.evaluation import Evaluation, evaluate
 from trainer.latents import open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
-from trainer.sampling import Samples, sample_checkpoint
+from trainer.sampling import sample_checkpoint
 from trainer.storage import reach_storage
 
 DECODED_AT_ONCE = 256

@@ -67,12 +67,12 @@ def run_training(recipe: Recipe, world_size: int, progress: Progress) -> Outcome
     try:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         with ExitStack() as stack:
-            return _train_rank(made, run, ranks, progress, changed, stack)
+            return train_rank(made, run, ranks, progress, changed, stack)
     finally:
         stop()
 
 
-def _train_rank(
+def train_rank(
     made: Plan,
     run: RunFolder,
     ranks: Ranks,
@@ -80,6 +80,10 @@ def _train_rank(
     changed: list[str],
     stack: ExitStack,
 ) -> Outcome:
+    """One rank's part, in a process group that has been joined; `stack` is closed by the caller.
+
+    changed: what differs from the recipe that the run was begun with, for people
+    """
     recipe = made.recipe
     if ranks.is_first:
         stack.enter_context(locked(run))

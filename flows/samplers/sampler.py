@@ -23,7 +23,7 @@ Solver = Literal[
 
 @dataclass(frozen=True)
 class Sampled:
-    """sample: (batch, *shape) float32; network_calls: (batch,) int64 evaluations for each sample."""
+    """sample: (batch, *shape) float32; network_calls: (batch,) evaluations for each sample."""
 
     sample: Tensor
     network_calls: Tensor

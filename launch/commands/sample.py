@@ -11,8 +11,8 @@ from rich.console import Console
 from flows.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.drawing import Samples
     from trainer.recipe import Recipe
-    from trainer.sampling import Samples
 
 RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
 SampleOverrides = Annotated[

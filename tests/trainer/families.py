@@ -1,0 +1,58 @@
+"""A tiny recipe of every model family, on real digits."""
+
+from pathlib import Path
+from typing import Any
+
+from trainer.recipe import Recipe, build_recipe
+
+BATCH, STEPS = 8, 20
+
+TINY: dict[str, dict[str, Any]] = {
+    "dit": {"model": {"patch": 4, "width": 32, "depth": 2, "heads": 2}},
+    "lightningdit": {
+        "model": {
+            "patch": 4, "width": 32, "depth": 2, "heads": 2, "qk_norm": True, "norm": "rms",
+            "rope": True, "feedforward": "swiglu", "wo_shift": True,
+        },
+    },
+    "tarflow": {
+        "model": {
+            "family": "tarflow", "patch": 4, "width": 32, "flow_blocks": 2, "layers": 1, "head_width": 16,
+        },
+        "objective": {"noise": 0.1, "dequantisation": "none"},
+        "sample": {"guidance": 1.0, "strategy": "gs_jacobi", "group": 2, "tolerance": 0.0},
+    },
+    "starflow": {
+        "model": {"family": "starflow", "patch": 4, "width": 48, "layers": [1, 2], "head_width": 24},
+        "objective": {"power": 1e-4},
+        "sample": {"guidance": 1.0, "form": "distribution"},
+    },
+    "jet": {
+        "model": {
+            "family": "jet", "patch": 4, "width": 32, "couplings": 5, "layers": 1, "heads": 2,
+            "conditional": True,
+        },
+        "objective": {"bins": "above", "dequantisation": "variational"},
+    },
+}  # fmt: skip
+
+
+def recipe(name: str, folder: Path) -> Recipe:
+    """The recipe that trains `TINY[name]` in `folder`, and draws samples at its end."""
+    own = TINY[name]
+    data: dict[str, Any] = {
+        "name": name,
+        "run": {"dir": str(folder)},
+        "data": {
+            "train": "embedded:digits8/train-{000000..000001}.tar", "image_size": 8, "channels": 1,
+            "classes": 10, "decoder": "pillow", "window": 16,
+        },
+        "model": own["model"],
+        "objective": own.get("objective", {}),
+        "optimizer": {"lr": 1e-3, "warmup": 5},
+        "train": {"steps": STEPS, "batch": BATCH, "ema": [0.5]},
+        "checkpoint": {"every": STEPS},
+        "sample": {"every": STEPS, "count": 6} | own.get("sample", {}),
+        "tracking": {"mlflow": False},
+    }  # fmt: skip
+    return build_recipe(data, name)

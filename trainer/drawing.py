@@ -1,0 +1,132 @@
+"""From a model to samples of it, by whatever its family and the recipe ask for."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from flows.models.dequantised import Dequantised
+from flows.models.jet import Jet
+from flows.randomness import Draw
+from flows.samplers.denoise import denoise_by_score
+from flows.samplers.guidance import Condition, null_condition
+from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, invert, prior
+from flows.samplers.inversion_guidance import FlowGuidance
+from flows.samplers.sampler import Sampled, sample
+from trainer.assembly import build_flow_matching
+from trainer.flow_sections import InversionSection, LikelihoodSection
+from trainer.latents import to_images
+from trainer.recipe import Recipe, SampleSection
+
+EVERY_TOKEN = 2**31  # a group that no chain is longer than
+BATCH = 128  # samples in one network call: bounds memory, changes no sample
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was drawn, on the CPU.
+
+    images: (n, channels, height, width) float32, about [-1, 1]
+    labels: (n,) the class each was asked for
+    network_calls: (n,) evaluations of the network for each; a guided step costs two
+    step: of the checkpoint they are from; None while training
+    """
+
+    images: Tensor
+    labels: Tensor
+    network_calls: Tensor
+    step: int | None = None
+
+    @property
+    def mean_calls(self) -> float:
+        """What a sample costs: they differ where each takes as many steps as it needs."""
+        return self.network_calls.double().mean().item()
+
+
+def draw_samples(
+    model: nn.Module,
+    recipe: Recipe,
+    labels: Tensor,
+    ids: Tensor,
+    device: torch.device,
+) -> Samples:
+    """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
+    draw = _integrate if isinstance(recipe.sample, SampleSection) else _invert
+    images, calls = [], []
+    for part in torch.arange(len(labels)).split(BATCH):
+        drawn = draw(model, recipe, labels[part].to(device), ids[part].to(device))
+        images.append(to_images(recipe, drawn.sample, device))
+        calls.append(drawn.network_calls)
+    return Samples(torch.cat(images), labels.cpu(), torch.cat(calls).cpu())
+
+
+def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+    """Samples of a velocity model: the solution of its differential equation."""
+    objective, section, data = build_flow_matching(recipe), recipe.sample, recipe.data
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return objective.velocity(model(x=x, t=t, **condition).float(), x, t)
+
+    condition = {"label": label}
+    return sample(
+        velocity,
+        condition,
+        null_condition(condition, objective.null_label),
+        ids,
+        shape=(data.channels, data.image_size, data.image_size),
+        seed=recipe.seed,
+        path=objective.path,
+        prediction=objective.prediction,
+        **section.model_dump(exclude={"every", "count"}),
+    )
+
+
+def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+    """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
+    objective, section = recipe.objective, recipe.sample
+    assert isinstance(objective, LikelihoodSection)
+    assert isinstance(section, InversionSection)
+    # What a dequantiser adds is there to be trained with; the flow itself makes images.
+    flow = model.flow if isinstance(model, Dequantised) else model
+    if isinstance(flow, Jet):
+        shape = (flow.config.tokens, flow.config.features)
+        x = flow.inverse(Draw(recipe.seed, 0, ids).normal("sample_noise", shape), label)
+        calls = 1.0
+    else:
+        chains = cast(AutoregressiveFlow, flow)
+        inverted = invert(
+            chains,
+            prior(chains, recipe.seed, ids),
+            label,
+            strategy=_strategy(section),
+            guidance=FlowGuidance(
+                weight=section.guidance,
+                form=section.form,
+                parts=section.parts,
+                annealed=section.annealed,
+                temperature=section.temperature,
+            ),
+            tolerance=section.tolerance,
+            clamp=section.clamp,
+        )
+        x, calls = inverted.x, inverted.network_calls
+    if objective.noise and section.denoise:
+        clean = denoise_by_score(
+            flow, x, {"label": label}, noise=objective.noise, scale=section.denoise
+        )
+        x, calls = clean.sample, calls + clean.network_calls
+    return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
+
+
+def _strategy(section: InversionSection) -> Strategy:
+    if section.strategy == "sequential":
+        return SEQUENTIAL
+    group = EVERY_TOKEN if section.strategy == "jacobi" else section.group
+    return Strategy(group, section.iterations, sliding=section.strategy == "sliding")
+
+
+def calls_parts(recipe: Recipe) -> bool:
+    """Whether sampling calls parts of the network, or the whole of it differently often on each rank."""
+    section = recipe.sample
+    return not isinstance(section, SampleSection) or section.solver == "dopri5"
