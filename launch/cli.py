@@ -23,7 +23,9 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(data.app, name="data", help="Pack, index and verify shards.")
-app.add_typer(checkpoint.app, name="checkpoint", help="List and verify checkpoints.")
+app.add_typer(
+    checkpoint.app, name="checkpoint", help="List, verify, inspect and compare checkpoints."
+)
 app.command("doctor")(doctor.doctor)
 for command in entry_points(group="flowmill.commands"):
     app.add_typer(command.load(), name=command.name)

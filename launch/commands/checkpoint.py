@@ -1,8 +1,9 @@
-"""`flowmill checkpoint`: what checkpoints a run has, and whether they are whole."""
+"""`flowmill checkpoint`: what checkpoints a run has, what is in them, and whether they are whole."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,6 +46,73 @@ def verify(
         _report(list_checkpoints(_checkpoints_folder(target), checksums=True), as_json)
     else:
         _report([inspect(target, checksums=True)], as_json)
+
+
+@app.command("inspect")
+def inspect_command(
+    target: Annotated[Path, typer.Argument(help="Run folder (its newest), or a checkpoint.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint of a run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in one checkpoint: tensors, files, and where the run stood."""
+    from trainer.checkpoints.contents import checkpoint_in
+    from trainer.checkpoints.manifest import read_manifest
+
+    path = checkpoint_in(target, step)
+    manifest = read_manifest(path)
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), **asdict(manifest)}, indent=2))
+        return
+    console = Console()
+    facts = {
+        "checkpoint": str(path),
+        "step": str(manifest.step),
+        "written": f"{manifest.time} by {manifest.layout}, torch {manifest.torch}",
+        "imported": _imported(manifest.state.get("imported")),
+        "position": str(manifest.state.get("loader", {}).get("position", "")),
+    }
+    for name, value in facts.items():
+        if value:
+            console.print(f"{name:<11}{value}", highlight=False, markup=False, soft_wrap=True)
+    files = Table("file", "bytes", "sha256")
+    for name, file in manifest.files.items():
+        files.add_row(escape(name), f"{file.size:,}", file.sha256)
+    tensors = Table("tensor", "dtype", "shape", "pieces")
+    for name, tensor in sorted(manifest.tensors.items()):
+        shape = " x ".join(map(str, tensor.shape)) or "1 number"
+        tensors.add_row(escape(name), tensor.dtype, shape, str(len(tensor.chunks)))
+    console.print(files)
+    console.print(tensors)
+
+
+def _imported(origin: "dict[str, Any] | None") -> str:
+    return "" if origin is None else f"from {origin['file']}, a {origin['source']} file"
+
+
+@app.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(help="Run folder (its newest), or a checkpoint.")],
+    second: Annotated[Path, typer.Argument(help="The other one.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor, bit by bit; exit code 1 where they differ."""
+    from trainer.checkpoints.contents import checkpoint_in, differences
+
+    one, other = checkpoint_in(first), checkpoint_in(second)
+    found = list(differences(one, other))
+    if as_json:
+        typer.echo(json.dumps([asdict(difference) for difference in found], indent=2))
+    elif not found:
+        Console().print(f"{one} and {other} hold the same tensors.", markup=False, soft_wrap=True)
+    else:
+        table = Table("tensor", "difference", "largest", "relative")
+        for difference in found:
+            numbers = (difference.largest, difference.relative)
+            shown = ["" if number is None else f"{number:.3g}" for number in numbers]
+            table.add_row(escape(difference.name), escape(difference.what), *shown)
+        Console().print(table)
+    if found:
+        raise typer.Exit(1)
 
 
 def _checkpoints_folder(run: Path) -> Path:

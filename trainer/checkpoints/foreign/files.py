@@ -7,6 +7,7 @@ knows tensors, plain containers and argparse.Namespace (the `args` of SiT's and 
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,8 @@ def _read_arrays(path: Path, source: str) -> Mapping[str, Any]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -128,8 +130,8 @@ def _chosen(path: Path, content: Mapping[str, Any], weights: Weights | None) -> 
     for kind in order:
         if (found := held[kind]) is not None:
             return found
-    other = "raw" if weights == "ema" else "averaged"
-    raise UserError(f"{path}: has no {weights} weights; import its {other} ones.")
+    asked, other = ("averaged", "raw") if weights == "ema" else ("raw", "averaged")
+    raise UserError(f"{path}: has no {asked} weights; import its {other} ones.")
 
 
 def _first(content: Mapping[str, Any], places: tuple[str, ...]) -> Mapping[str, Any] | None:
