@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.errors import UserError
+from launch.commands.autoencoder import autoencoder
 from launch.commands.encode import encode
 from launch.commands.sample import check_picture
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from data_pipeline.verify import Report
 
 app = typer.Typer(help="Pack, index, encode and verify WebDataset shards.", no_args_is_help=True)
+app.command()(autoencoder)
 app.command()(encode)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
