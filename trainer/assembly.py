@@ -8,11 +8,14 @@ import torch
 
 from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
+from flows.bases import Base, Inpainting, SuperResolution
+from flows.couplings import Coupling
 from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.models.dequantised import DequantiserConfig, dequantised
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
+from flows.objectives.boundary import Boundary
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.likelihood import Likelihood
 from flows.objectives.objective import Objective
@@ -23,9 +26,10 @@ from parallel.mesh import Layout, resolve_layout
 from trainer.checkpoints.store import latest_whole
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
-from trainer.recipe import ObjectiveSection, Recipe, SampleSection
+from trainer.recipe import Recipe, SampleSection
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
+from trainer.velocity_sections import BaseSection, BoundarySection, ObjectiveSection
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_architecture(recipe)
     with torch.device("meta"):
         model.build()
+    build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
     return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
@@ -147,14 +152,75 @@ def build_flow_matching(recipe: Recipe) -> FlowMatching:
     section = recipe.objective
     if not isinstance(section, ObjectiveSection):
         raise TypeError(f"a {type(section).__name__} is no flow matching")
+    _check_sampling(recipe, section)
+    time = section.time
     return FlowMatching(
-        path=path_named(section.path),
+        path=path_named(section.path, sigma_min=section.sigma_min, exponent=section.exponent),
         prediction=section.prediction,
         weighting=section.weighting,
         label_drop=section.label_drop,
         null_label=recipe.data.classes,
-        time=TimeDistribution(**section.time.model_dump()),
+        time=TimeDistribution(
+            **time.model_dump(exclude={"stratified"}),
+            strata=recipe.train.batch if time.stratified else 0,
+        ),
+        shape=section.loss,
+        coupling=_coupling(section),
+        bridge=section.bridge,
+        contrast=section.contrast,
+        base=_base(section.base, recipe.data.image_size),
+        boundary=_boundary(section.boundary, recipe.data.channels),
+        alignment=section.alignment,
     )
+
+
+def _coupling(section: ObjectiveSection) -> Coupling | None:
+    """None for independent noise; an entropic plan fits a bridge where no scale is given."""
+    coupling = section.coupling
+    if coupling.kind == "independent":
+        return None
+    epsilon = coupling.epsilon or 2 * section.bridge**2
+    return Coupling(coupling.kind, epsilon, coupling.group)
+
+
+def _base(section: BaseSection, image_size: int) -> Base | None:
+    if section.kind == "noise":
+        return None
+    if section.kind == "inpainting":
+        return Inpainting(section.tile, section.seen)
+    if image_size % section.factor:
+        raise UserError(
+            f"objective.base.factor = {section.factor} does not divide data.image_size = {image_size}; "
+            "use a factor that does."
+        )
+    return SuperResolution(section.factor, section.noise)
+
+
+def _boundary(section: BoundarySection, channels: int) -> Boundary | None:
+    if section.ends == "none":
+        return None
+    mean = section.mean if section.ends == "both" else None
+    if mean is not None and len(mean) != channels:
+        raise UserError(
+            f"objective.boundary.mean lists {len(mean)} numbers for data.channels = {channels}; give "
+            "one for each."
+        )
+    return Boundary(section.power, tuple(mean) if mean is not None else None)
+
+
+def _check_sampling(recipe: Recipe, section: ObjectiveSection) -> None:
+    """Raises UserError for samples that this objective does not teach a model to draw."""
+    stochastic = isinstance(recipe.sample, SampleSection) and recipe.sample.solver == "sde"
+    if stochastic and not section.independent:
+        raise UserError(
+            "sample.solver = sde takes the score from the velocity, as only independent noise allows; "
+            "use another solver, or drop objective.coupling, objective.bridge and objective.base."
+        )
+    if recipe.sample.every and section.base.kind != "noise":
+        raise UserError(
+            f"objective.base.kind = {section.base.kind} trains a model to go on from an image, and "
+            "sample.every would have it begin at noise; set sample.every=0."
+        )
 
 
 def build_likelihood(recipe: Recipe, section: LikelihoodSection) -> Likelihood:

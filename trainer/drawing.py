@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flows.errors import UserError
 from flows.models.dequantised import Dequantised
 from flows.models.jet import Jet
 from flows.randomness import Draw
@@ -64,6 +65,11 @@ def draw_samples(
 def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
     """Samples of a velocity model: the solution of its differential equation."""
     objective, section, data = build_flow_matching(recipe), recipe.sample, recipe.data
+    if objective.base:
+        raise UserError(
+            "This model goes on from an image (objective.base) and draws nothing from noise; give it "
+            "images by flows.samplers.completion."
+        )
 
     def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return objective.velocity(model(x=x, t=t, **condition).float(), x, t)

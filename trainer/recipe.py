@@ -40,6 +40,7 @@ from trainer.section import (
     Share,
     Text,
 )
+from trainer.velocity_sections import ObjectiveSection
 from trainer.yaml_text import parse_yaml, read_yaml
 
 
@@ -203,27 +204,6 @@ class DataSection(Section):
     def names(self) -> list[str]:
         """A name for each class, its number where the recipe gives none."""
         return self.class_names or [str(label) for label in range(self.classes)]
-
-
-class TimeSection(Section):
-    kind: Literal["uniform", "logit_normal"] = "uniform"
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="< 1 moves times towards the noise"
-    )
-
-
-class ObjectiveSection(AnyObjective):
-    """Flow matching, for models that predict a velocity."""
-
-    kind: Literal["flow_matching"] = "flow_matching"
-    path: Literal["linear", "gvp", "vp"] = "linear"
-    prediction: Literal["velocity", "data", "noise"] = "velocity"
-    weighting: Literal["none", "velocity"] = Field(
-        "none", description="velocity: the loss of the velocity that the prediction implies"
-    )
-    time: TimeSection = TimeSection()
 
 
 class OptimizerSection(Section):

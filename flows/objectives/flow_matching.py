@@ -1,70 +1,235 @@
 """Flow matching (Lipman et al. 2023; Liu et al. 2023): regress the velocity from noise to data.
 
-L = E || v(x_t, t, label) - u ||^2 with x_t = alpha_t data + sigma_t noise, u = alpha_t' data +
-sigma_t' noise, the mean over dimensions. The network may predict the data or the noise instead;
+L = E w(t) | v(x_t, t, c) - u |^2 with x_t = alpha_t data + sigma_t noise, u = alpha_t' data + sigma_t'
+noise, the mean over dimensions. The network may predict the data, the noise or the score instead;
 weighted by `velocity`, its loss is the loss of the velocity it implies.
+
+What papers have added since are options of this one record: other paths and times, losses other than
+the square, noise coupled to images over the global batch, a Brownian bridge, negatives, a base made of
+the image, boundary conditions, features to align with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flows.bases import Base
 from flows.batch import Batch
+from flows.couplings import Coupling, other_samples
+from flows.errors import UserError
+from flows.objectives.boundary import Boundary
+from flows.objectives.conditions import hidden, kept_conditions
+from flows.objectives.losses import LossShape, compare, misalignment
 from flows.objectives.objective import Couple, Prepared
-from flows.paths import Path
+from flows.paths import Interpolation, Path, Prediction, TimeSupport, brownian_bridge
 from flows.randomness import Draw
 from flows.times import TimeDistribution
+
+Weighting = Literal["none", "velocity", "likelihood"]
+
+# Where a bridge's velocity or a likelihood's weight is infinite at the ends.
+INSIDE = TimeSupport(1e-3, 1.0 - 1e-3)
+
+# What a network returns: its prediction, or that and its tokens projected to an encoder's features.
+Outputs = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """An objective.
+    """An objective. The options after `time` are off where nothing is said of them.
 
-    label_drop: share of labels replaced by `null_label`, so that the network also learns p(x) for
-        classifier-free guidance (Ho and Salimans 2022)
+    weighting: `none`; `velocity`: the loss of the velocity that the prediction implies; `likelihood`:
+        see `Path.likelihood_weight`. A score is compared as sigma score, in units of the noise.
+    label_drop: share of labels (and texts) replaced by `null_label` (and zeros)
     null_label: the label of `no label`: the number of classes
+    coupling: which noise each image is joined to; None for its own
+    bridge: sigma of a Brownian bridge about the path; 0 is none. With an `entropic` coupling of epsilon
+        2 sigma^2 the flow is that of the Schroedinger bridge (Tong et al. 2024, SB-CFM)
+    contrast: lambda of - lambda | v - u' |^2, u' the target of another sample of the global batch
+        (Stoica et al. 2025, "Contrastive flow matching"); the best v is (v* - lambda E u') / (1 - lambda)
+    base: what paths begin at, made of the image; None for noise
+    boundary: what makes the velocity exact at the ends
+    alignment: weight of the misalignment with `features` (batch, tokens, width) of the batch's extras,
+        for networks that also return their projected tokens (REPA; 0.5 as published)
     """
 
     path: Path
-    prediction: Literal["velocity", "data", "noise"]
-    weighting: Literal["none", "velocity"]
+    prediction: Prediction
+    weighting: Weighting
     label_drop: float
     null_label: int
     time: TimeDistribution
+    shape: LossShape = "squared"
+    coupling: Coupling | None = None
+    bridge: float = 0.0
+    contrast: float = 0.0
+    base: Base | None = None
+    boundary: Boundary | None = None
+    alignment: float = 0.0
+
+    def __post_init__(self) -> None:
+        straight = self.path.name == "linear" and self.prediction == "velocity"
+        if (self.bridge or self.boundary or self.base) and not straight:
+            key = "bridge" if self.bridge else "boundary" if self.boundary else "base"
+            raise UserError(
+                f"objective.{key} is for velocities on the linear path; set objective.path=linear and "
+                f"objective.prediction=velocity, or drop objective.{key}."
+            )
+        if self.base and (self.coupling or self.bridge or self.contrast or self.boundary):
+            raise UserError(
+                "objective.base makes the noise of an image of the image itself, which cannot be "
+                "coupled, bridged, contrasted or known at the ends; drop objective.base or the others."
+            )
+        if self.contrast and self.shape != "squared":
+            raise UserError(
+                f"objective.contrast = {self.contrast:g} pushes squared errors apart, and "
+                f"objective.loss = {self.shape} is another loss; set objective.loss=squared."
+            )
 
     @property
     def couple(self) -> Couple | None:
-        """None: samples are independent."""
-        return None
+        """None where samples are independent."""
+        return self._couple if self.coupling or self.contrast else None
+
+    @property
+    def support(self) -> TimeSupport:
+        """The times to train at."""
+        own = self.path.support(self.prediction, sampling=False)
+        if not self.bridge and self.weighting != "likelihood":
+            return own
+        return TimeSupport(max(own.low, INSIDE.low), min(own.high, INSIDE.high))
 
     def prepare(self, batch: Batch, draw: Draw) -> Prepared:
-        """Noise, time and label drop by sample key, on the device of `draw.samples`."""
-        shape = tuple(batch.image.shape[1:])
-        noise = draw.normal("noise", shape)
-        support = self.path.support(self.prediction, sampling=False)
-        t = support.rescale(self.time(draw.uniform("time")))
-        dropped = draw.uniform("label_drop") < self.label_drop
-        label = torch.where(dropped, self.null_label, batch.label)
-        point = self.path.interpolate(batch.image, noise, t)
-        candidates = {"velocity": point.velocity, "data": batch.image, "noise": noise}
-        return Prepared(
-            inputs={"x": point.x, "t": t, "label": label},
-            targets={"prediction": candidates[self.prediction], "weight": self._weight(t)},
-            time=t,
-        )
+        """Noise, time and what is hidden by sample key, on the device of `draw.samples`."""
+        t = self.support.rescale(self.time.draw(draw))
+        noise = self._noise(batch, draw)
+        point = self._point(batch.image, noise, t, draw)
+        weight = self._weight(t)
+        if "weight" in batch.extras:
+            weight = weight * batch.extras["weight"]
+        targets = {"prediction": self._target(batch.image, noise, point), "weight": weight}
+        if self.prediction == "score":
+            targets["sigma"] = self.path.coefficients(t, noise.dim()).sigma
+        if self.contrast:
+            image, other = batch.extras["negative_image"], batch.extras["negative_noise"]
+            negative = self._point(image, other, t, draw)
+            targets["negative"] = self._target(image, other, negative)
+            targets["negative_weight"] = batch.extras["negative_weight"]
+        if self.boundary:
+            targets |= {"x": point.x, "t": t}
+        if self.alignment:
+            targets["features"] = _features(batch)
+        told = kept_conditions(batch, draw, drop=self.label_drop, null_label=self.null_label)
+        return Prepared(inputs={"x": point.x, "t": t} | told, targets=targets, time=t)
 
-    def loss(self, outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """(batch,) weighted mean squared error of each sample, in float32."""
-        error = outputs.to(torch.float32) - targets["prediction"]
-        return error.square().flatten(1).mean(1) * targets["weight"]
+    def loss(self, outputs: Outputs, targets: dict[str, Tensor]) -> Tensor:
+        """(batch,) weighted loss of each sample, in float32."""
+        output, projection = outputs if isinstance(outputs, tuple) else (outputs, None)
+        prediction = output.to(torch.float32)
+        if self.prediction == "score":
+            prediction = prediction * targets["sigma"]
+        if self.boundary:
+            prediction = self.boundary(prediction, targets["x"], targets["t"])
+        loss = compare(self.shape, prediction, targets["prediction"])
+        if self.contrast:
+            apart = compare(self.shape, prediction, targets["negative"])
+            loss = loss - targets["negative_weight"] * apart
+        loss = loss * targets["weight"]
+        if not self.alignment:
+            return loss
+        if projection is None:
+            raise UserError(
+                f"objective.alignment = {self.alignment:g} needs a model that projects its tokens to "
+                "an encoder's features; configure its projector, or set objective.alignment=0."
+            )
+        return loss + self.alignment * misalignment(projection, targets["features"])
 
-    def velocity(self, outputs: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def velocity(self, outputs: Outputs, x: Tensor, t: Tensor) -> Tensor:
         """(batch, ...) velocity at `x` that the network's output implies, for samplers."""
-        return self.path.to_velocity(self.prediction, outputs, x, t)
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        if self.boundary:
+            return self.boundary(output, x, t)
+        return self.path.to_velocity(self.prediction, output, x, t)
+
+    def _noise(self, batch: Batch, draw: Draw) -> Tensor:
+        """Where paths begin: what samples were joined to, what a base makes, or their own noise."""
+        if "noise" in batch.extras:
+            return batch.extras["noise"]
+        if self.base:
+            return self.base(batch.image, draw)
+        return draw.normal("noise", tuple(batch.image.shape[1:]))
+
+    def _point(self, image: Tensor, noise: Tensor, t: Tensor, draw: Draw) -> Interpolation:
+        point = self.path.interpolate(image, noise, t)
+        if not self.bridge:
+            return point
+        return brownian_bridge(point, t, draw.normal("bridge", tuple(noise.shape[1:])), self.bridge)
+
+    def _target(self, image: Tensor, noise: Tensor, point: Interpolation) -> Tensor:
+        match self.prediction:
+            case "velocity":
+                return point.velocity
+            case "data":
+                return image
+            case "noise":
+                return noise
+            case "score":
+                return -noise
 
     def _weight(self, t: Tensor) -> Tensor:
-        if self.weighting == "none":
-            return torch.ones_like(t)
-        return self.path.velocity_gain(self.prediction, t).square()
+        kind: Prediction = "noise" if self.prediction == "score" else self.prediction
+        match self.weighting:
+            case "none":
+                return torch.ones_like(t)
+            case "velocity":
+                return self.path.velocity_gain(kind, t).square()
+            case "likelihood":
+                return self.path.likelihood_weight(kind, t)
+
+    def _couple(self, batch: Batch, whole: Batch, seed: int, step: int) -> Batch:
+        """`batch` with `noise`, `weight` and negatives that all samples of the step decide."""
+        if "noise" in batch.extras:
+            raise UserError(
+                "data.train joins each image to its own noise, which objective.coupling and "
+                "objective.contrast would exchange; set objective.coupling.kind=independent and "
+                "objective.contrast=0."
+            )
+        draw = Draw(seed, step, whole.position)
+        noise, weight = draw.normal("noise", tuple(whole.image.shape[1:])), None
+        if self.coupling:
+            coupled = self.coupling(whole.image, noise, draw)
+            noise, weight = coupled.noise, coupled.weight
+        own = torch.searchsorted(whole.position, batch.position)
+        extras = dict(batch.extras) | {"noise": noise[own]}
+        if weight is not None:
+            extras["weight"] = weight[own]
+        if self.contrast:
+            extras |= self._negatives(whole, noise, own, draw)
+        return replace(batch, extras=extras)
+
+    def _negatives(self, whole: Batch, noise: Tensor, own: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Another sample for each of the samples `own`.
+
+        A sample whose label is hidden is to be like any other, so it is pushed from none, and the
+        others harder by as much: the mean of lambda over the batch stays.
+        """
+        other = other_samples(whole.label, own, draw.uniform("negative")[own])
+        shown = ~hidden(draw, self.label_drop)
+        weight = self.contrast * len(whole) / shown.sum().clamp_min(1)
+        pushed = shown[own] & (other != own)
+        return {
+            "negative_image": whole.image[other],
+            "negative_noise": noise[other],
+            "negative_weight": torch.where(pushed, weight, 0.0).to(torch.float32),
+        }
+
+
+def _features(batch: Batch) -> Tensor:
+    if "features" not in batch.extras:
+        raise UserError(
+            "objective.alignment needs an encoder's features beside each image, and data.train has none; "
+            "set objective.alignment=0, or add them to the shards."
+        )
+    return batch.extras["features"]

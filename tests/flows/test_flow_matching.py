@@ -14,14 +14,23 @@ from flows.randomness import Draw
 from flows.times import TimeDistribution
 
 CLASSES = 7
-PREDICTIONS = ("velocity", "data", "noise")
+PREDICTIONS = ("velocity", "data", "noise", "score")
 EVERY_PATH = pytest.mark.parametrize("path", list(PATHS))
 
 
-def objective(path="linear", prediction="velocity", weighting="none", label_drop=0.1, **time):
-    spread = {"kind": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0} | time
+TIME = {"kind": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0}
+
+
+def objective(path="linear", prediction="velocity", weighting="none", label_drop=0.1, **more):
+    spread = TIME | {key: more.pop(key) for key in TIME if key in more}
     return FlowMatching(
-        path_named(path), prediction, weighting, label_drop, CLASSES, TimeDistribution(**spread)
+        path_named(path),
+        prediction,
+        weighting,
+        label_drop,
+        CLASSES,
+        TimeDistribution(**spread),
+        **more,
     )
 
 
@@ -36,6 +45,18 @@ def prepare(chosen, samples, step=3):
     return chosen.prepare(samples, Draw(11, step, samples.position))
 
 
+def perfect_outputs(chosen, samples, ready, dtype=torch.float32):
+    """What a network that knows noise and image returns."""
+    noise = Draw(11, 3, samples.position).normal("noise", tuple(samples.image.shape[1:])).to(dtype)
+    image, t = samples.image.to(dtype), ready.time.to(dtype)
+    return {
+        "velocity": chosen.path.interpolate(image, noise, t).velocity,
+        "data": image,
+        "noise": noise,
+        "score": -noise / chosen.path.coefficients(t, noise.dim()).sigma,
+    }[chosen.prediction]
+
+
 @EVERY_PATH
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_inputs_and_targets_are_those_of_the_path(path, prediction):
@@ -44,16 +65,17 @@ def test_inputs_and_targets_are_those_of_the_path(path, prediction):
     ready = prepare(chosen, samples)
     noise = Draw(11, 3, samples.position).normal("noise", (1, 4, 4))
     point = chosen.path.interpolate(samples.image, noise, ready.time)
-    expected = {"velocity": point.velocity, "data": samples.image, "noise": noise}[prediction]
+    expected = perfect_outputs(chosen, samples, ready)
     assert set(ready.inputs) == {"x", "t", "label"}
     assert torch.equal(ready.inputs["x"], point.x)
     assert torch.equal(ready.inputs["t"], ready.time)
     loss = chosen.loss(expected, ready.targets)
     assert loss.shape == (50,)
     assert loss.dtype == torch.float32
-    assert loss.count_nonzero() == 0
+    assert loss.max() <= (1e-12 if prediction == "score" else 0)  # sigma (noise / sigma) rounds
+    unit = chosen.path.coefficients(ready.time, 4).sigma if prediction == "score" else 1
     for dtype in (torch.bfloat16, torch.float64):
-        off = chosen.loss((expected + 2).to(dtype), ready.targets)
+        off = chosen.loss((expected + 2 / unit).to(dtype), ready.targets)
         assert off.dtype == torch.float32
         assert torch.allclose(off, torch.full((50,), 4.0), rtol=0.1)
 
@@ -179,11 +201,10 @@ def test_velocity_for_samplers(path, prediction):
     samples = batch(100)
     chosen = objective(path, prediction)
     ready = prepare(chosen, samples)
-    t = ready.time
+    t = ready.time.double()
     noise = Draw(11, 3, samples.position).normal("noise", (1, 4, 4))
-    x = chosen.path.interpolate(samples.image.double(), noise.double(), t.double())
-    perfect = {"velocity": x.velocity, "data": samples.image, "noise": noise}[prediction]
-    velocity = chosen.velocity(perfect.double(), x.x, t.double())
+    x = chosen.path.interpolate(samples.image.double(), noise.double(), t)
+    velocity = chosen.velocity(perfect_outputs(chosen, samples, ready, torch.float64), x.x, t)
     assert torch.allclose(velocity, x.velocity, rtol=1e-9, atol=1e-9)
 
 
