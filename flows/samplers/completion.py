@@ -1,0 +1,45 @@
+"""From part of an image, or a coarse one, to the whole: for networks trained from a `flows.bases` base."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flows.randomness import Draw
+from flows.samplers.ode import OdeSolver, VelocityField, solve_ode
+
+
+def in_painting_start(image: Tensor, seen: Tensor, samples: Tensor, seed: int) -> Tensor:
+    """The image where it is seen and standard normal noise elsewhere, as `bases.Inpainting` begins.
+
+    image: (batch, channels, height, width); seen: bool, of a shape that meets it
+    samples: (batch,) int64 index of each sample, the key of its noise
+    """
+    noise = Draw(seed, 0, samples).normal("sample_noise", tuple(image.shape[1:]))
+    return torch.where(seen, image, noise)
+
+
+def super_resolution_start(coarse: Tensor, noise: float, samples: Tensor, seed: int) -> Tensor:
+    """A coarse image, as large as the result, with the noise that `bases.SuperResolution` adds."""
+    drawn = Draw(seed, 0, samples).normal("sample_noise", tuple(coarse.shape[1:]))
+    return coarse + noise * drawn
+
+
+@torch.no_grad()
+def complete(
+    field: VelocityField,
+    start: Tensor,
+    times: Sequence[float],
+    solver: OdeSolver,
+    *,
+    seen: Tensor | None,
+) -> Tensor:
+    """The images that `start` (batch, ...) becomes; where `seen`, they keep its bits.
+
+    field: the velocity at (x, t), such as a `guidance.Field`
+    times: from 0 to 1
+    """
+    if seen is None:
+        return solve_ode(field, start, times, solver)
+    hidden = (~seen).to(start.dtype)
+    return solve_ode(lambda x, t: field(x, t) * hidden, start, times, solver)
