@@ -210,11 +210,11 @@ def _boundary(section: BoundarySection, channels: int) -> Boundary | None:
 
 def _check_sampling(recipe: Recipe, section: ObjectiveSection) -> None:
     """Raises UserError for samples that this objective does not teach a model to draw."""
-    stochastic = isinstance(recipe.sample, SampleSection) and recipe.sample.solver == "sde"
-    if stochastic and not section.independent:
+    solver = recipe.sample.solver if isinstance(recipe.sample, SampleSection) else ""
+    if solver in ("sde", "sde_heun") and not section.independent:
         raise UserError(
-            "sample.solver = sde takes the score from the velocity, as only independent noise allows; "
-            "use another solver, or drop objective.coupling, objective.bridge and objective.base."
+            f"sample.solver = {solver} takes the score from the velocity, as only independent noise "
+            "allows; use another solver, or drop objective.coupling, objective.bridge and objective.base."
         )
     if recipe.sample.every and section.base.kind != "noise":
         raise UserError(
