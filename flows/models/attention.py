@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flows.models.norms import RMSNorm
+from flows.models.norms import EPSILON, RMSNorm
 from flows.models.rotary import rotate
 
 
@@ -14,48 +14,86 @@ class QueryKeyValue(nn.Linear):
     A key bias adds the same number to all logits of a query, and softmax ignores it: its true
     gradient is zero. The computed one is rounding noise, which Adam would scale up to steps of full
     size, different on every layout. So the bias exists, as in published checkpoints, but its
-    gradient is cut. Not for keys that are normalised or turned by their place: there a bias counts.
+    gradient is cut. Not for keys that are normalised, turned by their place or beside keys of another
+    projection: there a bias counts.
     """
 
-    def __init__(self, width: int, key_width: int | None = None) -> None:
-        """key_width: of keys and of values, where fewer heads share them; `width` unless given."""
+    def __init__(self, width: int, key_width: int | None = None, *, extra: int = 0) -> None:
+        """key_width: of keys and of values, where fewer heads share them; `width` unless given.
+        extra: further outputs, after the values
+        """
         self.key_width = width if key_width is None else key_width
-        super().__init__(width, width + 2 * self.key_width)
+        super().__init__(width, width + 2 * self.key_width + extra)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, width + 2 * key_width)."""
-        sizes = (self.in_features, self.key_width, self.key_width)
-        query, key, value = self.bias.split(sizes)
-        return F.linear(x, self.weight, torch.cat((query, key.detach(), value)))
+        """(batch, tokens, width) -> (batch, tokens, width + 2 * key_width + extra)."""
+        rest = self.out_features - self.in_features - self.key_width
+        query, key, others = self.bias.split((self.in_features, self.key_width, rest))
+        return F.linear(x, self.weight, torch.cat((query, key.detach(), others)))
 
 
 class Attention(nn.Module):
     """Softmax attention over all tokens, scaled by 1 / sqrt(width / heads).
 
     qk_norm: queries and keys of each head go through an RMS norm with a weight
-    rope: they are turned by the place of their token, after the norm
+    key_bias_learns: true where keys are normalised, turned or joined by others, see `QueryKeyValue`
+    epsilon: of the norms of queries and keys
     """
 
     def __init__(
-        self, width: int, heads: int, *, qk_norm: bool = False, rope: bool = False
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool = False,
+        key_bias_learns: bool = False,
+        epsilon: float = EPSILON,
     ) -> None:
         super().__init__()
         self.head_width = width // heads
-        self.qkv = nn.Linear(width, 3 * width) if qk_norm or rope else QueryKeyValue(width)
-        self.query_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
+        self.qkv = nn.Linear(width, 3 * width) if key_bias_learns else QueryKeyValue(width)
+        self.query_norm = head_norm(self.head_width, exists=qk_norm, epsilon=epsilon)
+        self.key_norm = head_norm(self.head_width, exists=qk_norm, epsilon=epsilon)
         self.out = nn.Linear(width, width)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, tokens, width) -> queries, keys, values (batch, heads, tokens, head width)."""
+        query, key, value = split_heads(self.qkv(x), self.head_width)
+        return self.query_norm(query), self.key_norm(key), value
 
     def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width).
 
         turn: (2, tokens, head width / 2) of each token's place, see `flows.models.rotary.turns`
         """
-        heads = self.qkv(x).unflatten(-1, (3, -1, self.head_width))
-        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
-        query, key = self.query_norm(query), self.key_norm(key)
-        if turn is not None:
-            query, key = rotate(query, turn), rotate(key, turn)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = self.out(attend(*self.heads(x), turn))
         return result
+
+
+def head_norm(head_width: int, *, exists: bool, epsilon: float) -> nn.Module:
+    """The RMS norm of the queries or the keys of each head, or none."""
+    return RMSNorm(head_width, epsilon=epsilon) if exists else nn.Identity()
+
+
+def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[queries | keys | values] (batch, tokens, 3 * width) -> (batch, heads, tokens, head_width) each."""
+    query, key, value = qkv.unflatten(-1, (3, -1, head_width)).unbind(2)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    turn: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Every query over all keys: (batch, heads, tokens, head width) -> (batch, tokens, width).
+
+    turn: (2, tokens, head width / 2) turns queries and keys by their places
+    mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
+    """
+    if turn is not None:
+        query, key = rotate(query, turn), rotate(key, turn)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return mixed.transpose(1, 2).flatten(2)

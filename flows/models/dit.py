@@ -11,6 +11,7 @@ It is cut by data: `blocks` is its repeated part, called as `block(x, condition,
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from flows.models.norms import (
     modulate,
     norm_of,
 )
+from flows.models.refusals import check_heads, check_patches, check_position_table
 from flows.models.rotary import axial_turns, grid_places
 
 EMBEDDING_STD = 0.02
@@ -110,21 +112,9 @@ class DiTConfig:
     text_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch:
-            raise UserError(
-                f"data.image_size = {self.image_size} is not divisible by "
-                f"model.patch = {self.patch}; use a patch of {_one_of(_divisors(self.image_size))}."
-            )
-        if self.width % self.heads:
-            raise UserError(
-                f"model.width = {self.width} is not divisible by model.heads = {self.heads}; "
-                f"use {_one_of(_divisors(self.width))} heads."
-            )
-        if self.width % 4:
-            raise UserError(
-                f"model.width = {self.width} is not divisible by 4, as the position table needs; "
-                f"use {self.width // 4 * 4 + 4}."
-            )
+        check_patches(self.image_size, self.patch)
+        check_heads(self.width, self.heads)
+        check_position_table(self.width)
         if self.rope and self.width // self.heads % 4:
             raise UserError(
                 f"model.rope turns pairs of features by row and by column, so that the width of a head, "
@@ -178,7 +168,12 @@ class Block(nn.Module):
         super().__init__()
         width, placement = config.width, config.norm_placement
         self.modulation = nn.Linear(width, config.modulations * width)
-        self.attention = Attention(width, config.heads, qk_norm=config.qk_norm, rope=config.rope)
+        self.attention = Attention(
+            width,
+            config.heads,
+            qk_norm=config.qk_norm,
+            key_bias_learns=config.qk_norm or config.rope,
+        )
         self.feedforward = feedforward_of(config.feedforward, width)
 
         def norm(exists: bool) -> nn.Module:
@@ -215,12 +210,11 @@ class Block(nn.Module):
 class Final(nn.Module):
     """From tokens to the features of their patches."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, width: int, features: int, norm: nn.Module) -> None:
         super().__init__()
-        width = config.width
         self.modulation = nn.Linear(width, 2 * width)
-        self.norm = norm_of(config.norm, width, affine=config.norm_affine)
-        self.out = nn.Linear(width, config.patch**2 * config.outputs)
+        self.norm = norm
+        self.out = nn.Linear(width, features)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(batch, tokens, width), (batch, width) -> (batch, tokens, features)."""
@@ -262,13 +256,12 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.classes + 1, width)
         self.text = nn.Linear(config.text_width, width) if config.text_width else None
-        peri = config.norm_placement == "peri"
-        norm = norm_of(config.norm, width, affine=config.norm_affine) if peri else nn.Identity()
-        self.embedding_norm = norm
+        norm = partial(norm_of, config.norm, width, affine=config.norm_affine)
+        self.embedding_norm = norm() if config.norm_placement == "peri" else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         aligned, features = config.align_depth > 0, config.align_width
         self.projector = Projector(width, config.align_hidden, features) if aligned else None
-        self.final = Final(config)
+        self.final = Final(width, config.patch**2 * config.outputs, norm())
         self.register_buffer("position", torch.empty(config.tokens, width), persistent=False)
         turn = torch.empty(2, config.tokens, pairs) if config.rope else None
         self.register_buffer("turn", turn, persistent=False)
@@ -325,7 +318,10 @@ class DiT(nn.Module):
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
-        return {name: _init_rule(name, weight.shape) for name, weight in self.named_parameters()}
+        return {
+            name: adaln_zero(name, weight.shape, embeddings=("time.", "label."))
+            for name, weight in self.named_parameters()
+        }
 
 
 def told_time(t: Tensor, kind: TimeKind) -> Tensor:
@@ -340,15 +336,18 @@ def told_time(t: Tensor, kind: TimeKind) -> Tensor:
     return backwards if kind == "reversed" else DIFFUSION_STEPS * backwards - 1
 
 
-def _init_rule(name: str, shape: torch.Size) -> Rule:
-    """adaLN-Zero: modulations and last layer zero, embeddings normal, all other weights Xavier."""
+def adaln_zero(name: str, shape: torch.Size, embeddings: tuple[str, ...]) -> Rule:
+    """adaLN-Zero: modulations and last layer zero, embeddings normal, all other weights Xavier.
+
+    embeddings: beginnings of the names of embeddings' parameters
+    """
     if name.endswith("alpha"):
         return Rule.constant(DYT_ALPHA)
     if "norm" in name and name.endswith("weight"):
         return Rule.constant(1.0)
     if name.endswith("bias") or ".modulation." in name or name.startswith("final."):
         return Rule.constant(0.0)
-    if name.startswith(("time.", "label.")):
+    if name.startswith(embeddings):
         return Rule.normal(EMBEDDING_STD)
     outputs, inputs = shape
     return xavier_uniform(inputs, outputs)
@@ -379,18 +378,3 @@ def forward_flops(config: DiTConfig) -> int:
         projector = tokens * hidden * (width + hidden + config.align_width)
     blocks = config.depth * (projections + attention)
     return 2 * (conditioning + modulations + blocks + ends + projector)
-
-
-def train_flops(config: DiTConfig) -> int:
-    """Operations of forward and backward of one sample; recomputed activations are not counted."""
-    return 3 * forward_flops(config)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _one_of(numbers: list[int]) -> str:
-    return (
-        ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}" if numbers[1:] else str(numbers[0])
-    )

@@ -67,6 +67,21 @@ class TimeEmbedding(nn.Module):
         return embedding
 
 
+class VectorEmbedding(nn.Module):
+    """Linear, SiLU, linear of one vector a sample."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(features, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """(batch, features) -> (batch, width), in the dtype of the weights."""
+        hidden = F.silu(self.up(vector.to(self.up.weight.dtype)))
+        embedding: Tensor = self.out(hidden)
+        return embedding
+
+
 def mean_of_rows(text: Tensor) -> Tensor:
     """(batch, width) mean of the rows of text (batch, tokens, width) that are not all zero.
 

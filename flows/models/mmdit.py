@@ -1,0 +1,410 @@
+"""MMDiT: text and image tokens in one attention, each with weights of their own (SD3, FLUX).
+
+Esser et al., Scaling Rectified Flow Transformers (2024), has double blocks alone: two streams that
+meet in the attention, the last of which changes the image alone. Black Forest Labs' FLUX.1 (2024)
+follows them with single blocks: one stream, attention and feed-forward side by side; it turns queries
+and keys by (0, row, column), and by nothing for words, whose order is what their features say. A
+fresh network is the zero function and its blocks the identity.
+
+Published weights count time from data to noise and embed 1000 times it: with `time_reversed` and
+`time_scale` = 1000 the network embeds 1000 (1 - t) and changes the sign of what comes out, so that such
+weights give the velocity of this house, from noise (t = 0) to data (t = 1). Their patches are ordered
+(channel, row, column), ours (row, column, channel): whoever loads them reorders the first and last layer.
+
+It is cut by data: `blocks` are all double blocks, then all single blocks, and each is called as
+`block(tokens, condition, turn, mask)` on [text | image] tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flows.errors import UserError
+from flows.initialise import Rule
+from flows.models.attention import QueryKeyValue, attend, head_norm, split_heads
+from flows.models.dit import Final, adaln_zero
+from flows.models.embeddings import (
+    TimeEmbedding,
+    VectorEmbedding,
+    mean_of_rows,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
+from flows.models.feedforward import RATIO, FeedForward
+from flows.models.norms import LayerNorm, gated_residual, modulated_norm
+from flows.models.refusals import check_heads, check_patches, check_position_table
+from flows.models.rotary import axial_turns, grid_places
+
+HEAD_EPSILON = 1e-5  # of the norms of queries and keys
+GUIDANCE_SCALE = 1000.0  # what guidance strengths are multiplied by before their sinusoids
+
+EMBEDDINGS = ("time.", "vector.", "pooled.", "guidance.", "label.")
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Everything that decides the network's shape.
+
+    image_size: side of the square image (or latent) in pixels
+    channels: channels of the image
+    classes: classes without the null class, which is the label `classes`
+    text_width, text_tokens: of embedded captions
+    patch: side of a patch in pixels
+    """
+
+    image_size: int
+    channels: int
+    classes: int
+    text_width: int
+    text_tokens: int
+    patch: int
+    width: int
+    heads: int
+    double_depth: int = field(metadata={"description": "blocks with two streams"})
+    single_depth: int = field(
+        default=0, metadata={"description": "blocks with one stream, after them", "minimum": 0}
+    )
+    qk_norm: bool = field(
+        default=True, metadata={"description": "RMS norm of the queries and keys of each head"}
+    )
+    rope: bool = field(
+        default=True,
+        metadata={"description": "places turn queries and keys; false: a table is added"},
+    )
+    mask_text: bool = field(
+        default=True,
+        metadata={"description": "no token sees padding of the text; FLUX lets all see it"},
+    )
+    pool_text: bool = field(
+        default=False, metadata={"description": "the mean of the text joins the condition"}
+    )
+    class_label: bool = field(
+        default=False, metadata={"description": "the class joins the condition"}
+    )
+    vector_width: int = field(
+        default=0,
+        metadata={"description": "of a vector a caption that joins the condition", "minimum": 0},
+    )
+    guidance: float = field(
+        default=0.0,
+        metadata={"description": "strength told to networks distilled from guided ones; 0: no"},
+    )
+    time_scale: float = field(
+        default=1000.0, metadata={"description": "of times before their sinusoids"}
+    )
+    time_reversed: bool = field(
+        default=False, metadata={"description": "weights that count time from data to noise"}
+    )
+
+    def __post_init__(self) -> None:
+        check_patches(self.image_size, self.patch)
+        check_heads(self.width, self.heads)
+        if self.text_tokens < 1 or self.text_width < 1:
+            raise UserError(
+                "an MMDiT joins image and text tokens, and data.text is not given; name the embedded "
+                "captions there, or choose another model.family, such as dit."
+            )
+        if self.rope and (self.head_width % 2 or self.head_width < 4):
+            raise UserError(
+                f"model.rope turns pairs of features by row and by column, so that the width of a head, "
+                f"now model.width / model.heads = {self.head_width}, must be even and at least 4."
+            )
+        if not self.rope:
+            check_position_table(self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Of the image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def pairs(self) -> tuple[int, int, int]:
+        """Pairs of features of a head that turn by each coordinate.
+
+        7/16 of them by row, as many by column, as near as can be: FLUX has (8, 28, 28).
+        """
+        side = max(7 * self.head_width // 32, 1)
+        return self.head_width // 2 - 2 * side, side, side
+
+    @property
+    def condition_widths(self) -> dict[str, int]:
+        """Vectors that join the time in the condition, and their widths."""
+        widths = {"vector": self.vector_width, "pooled": self.text_width if self.pool_text else 0}
+        return {name: width for name, width in widths.items() if width}
+
+
+class Stream(nn.Module):
+    """What one modality has of its own in a double block.
+
+    updated: false for a text that nobody reads any more: it only serves as keys and values
+    """
+
+    def __init__(self, config: MMDiTConfig, *, updated: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.head_width = config.head_width
+        self.modulation = nn.Linear(width, (6 if updated else 2) * width)
+        # A plain layer: keys of both streams compete, so that a bias of one of them counts.
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = head_norm(config.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
+        self.key_norm = head_norm(config.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
+        self.out = nn.Linear(width, width) if updated else None
+        self.feedforward = FeedForward(width) if updated else None
+
+    def heads(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the normalised tokens."""
+        qkv = self.qkv(modulated_norm(x, shift, scale))
+        query, key, value = split_heads(qkv, self.head_width)
+        return self.query_norm(query), self.key_norm(key), value
+
+    def update(self, x: Tensor, mixed: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        """The tokens after what attention mixed for them, and after the feed-forward."""
+        if self.out is None or self.feedforward is None:
+            return x
+        gate_1, shift_2, scale_2, gate_2 = vectors
+        x = gated_residual(x, gate_1, self.out(mixed))
+        return gated_residual(x, gate_2, self.feedforward(modulated_norm(x, shift_2, scale_2)))
+
+
+class Double(nn.Module):
+    """Two streams with their own weights and one attention over the tokens of both."""
+
+    def __init__(self, config: MMDiTConfig, *, text_updated: bool) -> None:
+        super().__init__()
+        self.text_tokens = config.text_tokens
+        self.text = Stream(config, updated=text_updated)
+        self.image = Stream(config, updated=True)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        turn: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[text | image] tokens (batch, tokens, width), condition (batch, width) -> like tokens.
+
+        The condition has been through its SiLU, which all blocks share.
+        turn: (2, tokens, head width / 2) of the rotary places, if there are any
+        mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
+        """
+        sizes = (self.text_tokens, tokens.shape[1] - self.text_tokens)
+        streams = (self.text, self.image)
+        parts = tokens.split(sizes, dim=1)
+        vectors = [_vectors(stream.modulation, condition) for stream in streams]
+        heads = [
+            stream.heads(x, shift, scale)
+            for stream, x, (shift, scale, *_) in zip(streams, parts, vectors, strict=True)
+        ]
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(*heads, strict=True))
+        mixed = attend(query, key, value, turn, mask).split(sizes, dim=1)
+        return torch.cat(
+            [
+                stream.update(x, joined, own[2:])
+                for stream, x, joined, own in zip(streams, parts, mixed, vectors, strict=True)
+            ],
+            dim=1,
+        )
+
+
+class Single(nn.Module):
+    """One stream: attention and feed-forward read the same normalised tokens, and add one update."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.width, self.head_width = width, config.head_width
+        self.modulation = nn.Linear(width, 3 * width)
+        self.up: nn.Linear = (
+            nn.Linear(width, (3 + RATIO) * width)
+            if config.qk_norm or config.rope
+            else QueryKeyValue(width, extra=RATIO * width)
+        )
+        self.query_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
+        self.key_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
+        self.down = nn.Linear((1 + RATIO) * width, width)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        turn: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As `Double.forward`."""
+        shift, scale, gate = _vectors(self.modulation, condition)
+        up = self.up(modulated_norm(tokens, shift, scale))
+        qkv, hidden = up.split((3 * self.width, RATIO * self.width), dim=-1)
+        query, key, value = split_heads(qkv, self.head_width)
+        mixed = attend(self.query_norm(query), self.key_norm(key), value, turn, mask)
+        update = self.down(torch.cat((mixed, F.gelu(hidden, approximate="tanh")), dim=-1))
+        return gated_residual(tokens, gate, update)
+
+
+def _vectors(modulation: nn.Module, condition: Tensor) -> tuple[Tensor, ...]:
+    """(batch, width) -> shift, scale, gate, ... (batch, 1, width) each."""
+    vectors: Tensor = modulation(condition).unsqueeze(1)
+    parts: tuple[Tensor, ...] = vectors.split(condition.shape[-1], dim=-1)
+    return parts
+
+
+class MMDiT(nn.Module):
+    """The network v(x, t, text, ...); deterministic, and computed in the dtype of its weights.
+
+    Tables of places are buffers that checkpoints leave out: `reset_buffers` computes them.
+    Weights come from `flows.initialise.initialise`, by the rules of `init_rules`.
+    """
+
+    turn: Tensor | None
+    position: Tensor | None
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, features = config.width, config.patch**2 * config.channels
+        self.patches = nn.Linear(features, width)
+        self.words = nn.Linear(config.text_width, width)
+        self.time = TimeEmbedding(width)
+        widths = config.condition_widths
+        self.vector = VectorEmbedding(widths["vector"], width) if "vector" in widths else None
+        self.pooled = VectorEmbedding(widths["pooled"], width) if "pooled" in widths else None
+        self.guidance = TimeEmbedding(width) if config.guidance else None
+        self.label = nn.Embedding(config.classes + 1, width) if config.class_label else None
+        singles = [Single(config) for _ in range(config.single_depth)]
+        # Where no block follows, nobody reads the text any more.
+        followed = [True] * (config.double_depth - 1) + [config.single_depth > 0]
+        doubles = [Double(config, text_updated=updated) for updated in followed]
+        self.blocks = nn.ModuleList([*doubles, *singles])
+        self.final = Final(width, features, LayerNorm(width, affine=False))
+        places = config.text_tokens + config.tokens
+        turn = torch.empty(2, places, config.head_width // 2) if config.rope else None
+        self.register_buffer("turn", turn, persistent=False)
+        position = None if config.rope else torch.empty(config.tokens, width)
+        self.register_buffer("position", position, persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Fill the tables in place, wherever they lie; nothing to do on the meta device."""
+        config = self.config
+        side = config.image_size // config.patch
+        if self.position is not None and not self.position.is_meta:
+            self.position.copy_(sincos_positions(side, config.width))
+        if self.turn is not None and not self.turn.is_meta:
+            grid = grid_places(side, torch.device("cpu"))
+            words = torch.zeros(config.text_tokens, dtype=torch.int64)
+            row, column = (torch.cat((words, place)) for place in grid)
+            self.turn.copy_(axial_turns((torch.zeros_like(row), row, column), config.pairs))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        text: Tensor | None = None,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (or whatever the objective makes of it) at x.
+
+        x: (batch, channels, image_size, image_size)
+        t: (batch,) flow time, 0 noise, 1 data; keep it in float32 under mixed precision
+        label: (batch,) int64 class, `classes` for none; networks without `class_label` ignore it
+        text: (batch, text_tokens, text_width) embedded captions; rows of zeros are padding, a text of
+            zeros is none
+        vector: (batch, vector_width) of the caption, where the network takes one
+        guidance: (batch,) strength told to the network, `guidance` of the configuration if None
+        returns (batch, channels, image_size, image_size)
+        Raises UserError for a network that needs a text or a vector and is given none.
+        """
+        config = self.config
+        text = self._text(text)
+        condition = self._condition(t, label, text, vector, guidance)
+        words = self.words(text.to(self.words.weight.dtype))
+        tokens = self.patches(patchify(x, config.patch).to(self.patches.weight.dtype))
+        if self.position is not None:
+            tokens = tokens + self.position.to(tokens.dtype)
+        tokens = torch.cat((words, tokens), dim=1)
+        mask = self._mask(text) if config.mask_text else None
+        for block in self.blocks:
+            tokens = block(tokens, condition, self.turn, mask)
+        features = self.final(tokens[:, config.text_tokens :], condition)
+        image = unpatchify(features, config.patch, config.image_size)
+        return -image if config.time_reversed else image
+
+    def _text(self, text: Tensor | None) -> Tensor:
+        """The text, if it is one that the blocks can split off."""
+        tokens = self.config.text_tokens
+        if text is None:
+            raise UserError("an MMDiT takes a text with every sample; zeros are no text.")
+        if text.shape[1] != tokens:
+            raise UserError(
+                f"the network was built for texts of {tokens} tokens and is given {text.shape[1]}; "
+                "pad them with rows of zeros, or cut them."
+            )
+        return text
+
+    def _mask(self, text: Tensor) -> Tensor:
+        """(batch, 1, 1, tokens) bool, false for padding of the text."""
+        seen = F.pad(text.any(-1), (0, self.config.tokens), value=True)
+        return seen[:, None, None]
+
+    def _condition(
+        self,
+        t: Tensor,
+        label: Tensor | None,
+        text: Tensor,
+        vector: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """(batch, width) the sum of all that conditions, through the SiLU that all blocks share."""
+        config = self.config
+        total = self.time(config.time_scale * (1.0 - t if config.time_reversed else t))
+        if self.vector is not None:
+            if vector is None:
+                raise UserError(
+                    f"model.vector_width = {config.vector_width}: the network takes a vector with every "
+                    "caption, and the data has none; use model.vector_width=0 model.pool_text=true."
+                )
+            total = total + self.vector(vector)
+        if self.pooled is not None:
+            total = total + self.pooled(mean_of_rows(text))
+        if self.guidance is not None:
+            told = torch.full_like(t, config.guidance) if guidance is None else guidance
+            total = total + self.guidance(GUIDANCE_SCALE * told)
+        if self.label is not None:
+            none = torch.full_like(t, config.classes, dtype=torch.int64)
+            # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
+            total = total + self.label(none if label is None else label).to(total.dtype)
+        return F.silu(total)
+
+    def init_rules(self) -> dict[str, Rule]:
+        """Parameter name -> how its first values are drawn."""
+        return {
+            name: adaln_zero(name, weight.shape, embeddings=EMBEDDINGS)
+            for name, weight in self.named_parameters()
+        }
+
+
+def forward_flops(config: MMDiTConfig) -> int:
+    """Floating point operations of the forward of one sample, two for each multiply-add.
+
+    Matrix products alone, attention included, over padding of the text too.
+    """
+    width, tokens, words = config.width, config.tokens, config.text_tokens
+    doubles, singles = config.double_depth, config.single_depth
+    times = (2 if config.guidance else 1) * (TimeEmbedding.features + width)
+    vectors = sum(features + width for features in config.condition_widths.values())
+    modulations = (12 * doubles + 3 * singles + 2) * width
+    ends = 2 * tokens * config.patch**2 * config.channels + words * config.text_width
+    layers = (doubles + singles) * (tokens + words) * (4 + 2 * RATIO) * width
+    attention = (doubles + singles) * 2 * (tokens + words) ** 2
+    # The text of the last block has keys and values, and queries that are for nothing.
+    saved = 0 if singles else (4 + words * (1 + 2 * RATIO)) * width
+    return 2 * width * (times + vectors + modulations + ends + layers + attention - saved)
