@@ -6,16 +6,16 @@ follows them with single blocks: one stream, attention and feed-forward side by 
 and keys by (0, row, column), and by nothing for words, whose order is what their features say. A
 fresh network is the zero function and its blocks the identity.
 
-Published weights count time from data to noise and embed 1000 times it: with `time_reversed` and
-`time_scale` = 1000 the network embeds 1000 (1 - t) and changes the sign of what comes out, so that such
-weights give the velocity of this house, from noise (t = 0) to data (t = 1). Their patches are ordered
-(channel, row, column), ours (row, column, channel): whoever loads them reorders the first and last layer.
+Time is embedded as 1000 times what the network is told. Published weights are told it from data to
+noise (`time` = reversed) and predict noise - data: whoever loads them changes the sign of the last
+layer, and reorders the features of patches from (channel, row, column) to (row, column, channel).
 
 It is cut by data: `blocks` are all double blocks, then all single blocks, and each is called as
 `block(tokens, condition, turn, mask)` on [text | image] tokens.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule
 from flows.models.attention import QueryKeyValue, attend, head_norm, split_heads
-from flows.models.dit import Final, adaln_zero
+from flows.models.dit import Final, adaln_zero, told_time
 from flows.models.embeddings import (
     TimeEmbedding,
     VectorEmbedding,
@@ -39,7 +39,7 @@ from flows.models.refusals import check_heads, check_patches, check_position_tab
 from flows.models.rotary import axial_turns, grid_places
 
 HEAD_EPSILON = 1e-5  # of the norms of queries and keys
-GUIDANCE_SCALE = 1000.0  # what guidance strengths are multiplied by before their sinusoids
+TIME_SCALE = 1000.0  # what times and strengths of guidance are multiplied by before their sinusoids
 
 EMBEDDINGS = ("time.", "vector.", "pooled.", "guidance.", "label.")
 
@@ -92,11 +92,9 @@ class MMDiTConfig:
         default=0.0,
         metadata={"description": "strength told to networks distilled from guided ones; 0: no"},
     )
-    time_scale: float = field(
-        default=1000.0, metadata={"description": "of times before their sinusoids"}
-    )
-    time_reversed: bool = field(
-        default=False, metadata={"description": "weights that count time from data to noise"}
+    time: Literal["flow", "reversed"] = field(
+        default="flow",
+        metadata={"description": "what the network is told: flow (t), reversed (1 - t; FLUX, SD3)"},
     )
 
     def __post_init__(self) -> None:
@@ -335,8 +333,7 @@ class MMDiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition, self.turn, mask)
         features = self.final(tokens[:, config.text_tokens :], condition)
-        image = unpatchify(features, config.patch, config.image_size)
-        return -image if config.time_reversed else image
+        return unpatchify(features, config.patch, config.image_size)
 
     def _text(self, text: Tensor | None) -> Tensor:
         """The text, if it is one that the blocks can split off."""
@@ -365,7 +362,7 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """(batch, width) the sum of all that conditions, through the SiLU that all blocks share."""
         config = self.config
-        total = self.time(config.time_scale * (1.0 - t if config.time_reversed else t))
+        total = self.time(TIME_SCALE * told_time(t, config.time))
         if self.vector is not None:
             if vector is None:
                 raise UserError(
@@ -377,7 +374,7 @@ class MMDiT(nn.Module):
             total = total + self.pooled(mean_of_rows(text))
         if self.guidance is not None:
             told = torch.full_like(t, config.guidance) if guidance is None else guidance
-            total = total + self.guidance(GUIDANCE_SCALE * told)
+            total = total + self.guidance(TIME_SCALE * told)
         if self.label is not None:
             none = torch.full_like(t, config.classes, dtype=torch.int64)
             # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.

@@ -15,14 +15,14 @@ FLUX: dict[str, Any] = {
     "single_depth": 38,
     "mask_text": False,
     "vector_width": 768,
-    "time_reversed": True,
+    "time": "reversed",
 }
 SD3: dict[str, Any] = {
     "patch": 2,
     "rope": False,
     "mask_text": False,
     "vector_width": 2048,
-    "time_reversed": True,
+    "time": "reversed",
 }
 # name: (width, heads, double blocks, single blocks), of networks for small machines
 SMALL = {

@@ -31,7 +31,7 @@ PLAIN = MMDiTConfig(
 SD3 = {"single_depth": 0, "rope": False, "vector_width": 9}
 OPTIONS = {
     "plain": {},
-    "flux": {"vector_width": 9, "guidance": 3.5, "time_reversed": True, "mask_text": False},
+    "flux": {"vector_width": 9, "guidance": 3.5, "time": "reversed", "mask_text": False},
     "sd3": SD3,
     "without qk_norm": {"qk_norm": False},
     "table": {"qk_norm": False, "rope": False},
@@ -138,7 +138,7 @@ def plain_forward(
     """The networks of both papers written plainly, two lists of tokens all the way."""
     config = model.config
     norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-    native = 1.0 - t if config.time_reversed else t
+    native = 1.0 - t if config.time == "reversed" else t
     c = mlp(model.time, model.time.sinusoid(1000.0 * native))
     if config.guidance:
         c = c + mlp(model.guidance, model.time.sinusoid(torch.full_like(t, 1000.0 * guidance)))
@@ -180,8 +180,7 @@ def plain_forward(
             h_text, h = both.tensor_split([config.text_tokens], dim=1)
     shift, scale = model.final.modulation(c).chunk(2, dim=-1)
     out = model.final.out(norm(h) * (1 + scale) + shift)
-    image = unpatchify(out, config.patch, config.image_size)
-    return -image if config.time_reversed else image
+    return unpatchify(out, config.patch, config.image_size)
 
 
 def plain_update(
@@ -369,14 +368,16 @@ def test_the_strength_of_guidance_is_told() -> None:
     assert not torch.allclose(model(**given, guidance=torch.full((4,), 2.0)), out, atol=1e-3)
 
 
-def test_reversed_time_gives_the_velocity_from_noise_to_data() -> None:
-    """Weights u(x, 1 - t), of noise - data, are the velocity data - noise at t with the other sign."""
+def test_published_weights_give_our_velocity_with_the_last_layer_negated() -> None:
+    """u(x, s) of noise - data at s = 1 - t is, with the other sign, the velocity data - noise at t."""
     config = config_of("flux")
     ours = disturbed(config)
-    native = MMDiT(MMDiTConfig(**(vars(config) | {"time_reversed": False})))
-    native.load_state_dict(ours.state_dict())
+    published = MMDiT(MMDiTConfig(**(vars(config) | {"time": "flow"})))
+    published.load_state_dict(ours.state_dict())
+    for weight in published.final.out.parameters():
+        weight.data.neg_()
     given = inputs(config)
-    theirs = native(**given | {"t": 1.0 - given["t"]})
+    theirs = published(**given | {"t": 1.0 - given["t"]})
     torch.testing.assert_close(ours(**given), -theirs, rtol=0.0, atol=0.0)
 
 
