@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.family import Family
-from trainer.checkpoints.foreign import dit
+from trainer.checkpoints.foreign import dit, jet, tarflow
 from trainer.checkpoints.foreign.moves import State, to_ours, to_theirs
 from trainer.checkpoints.foreign.source import (
     Contents,
@@ -22,10 +22,13 @@ from trainer.checkpoints.foreign.source import (
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
+        tarflow.TARFLOW,
+        tarflow.STARFLOW,
         dit.SIT,
         dit.DIT,
         dit.REPA,
         dit.LIGHTNING,
+        jet.JET,
     )
 }
 # Formats that are known, and why they cannot be converted.

@@ -150,7 +150,7 @@ def configured(source: Source, findings: Findings, told: Told) -> Any:
             )
     keys = {**findings.usual, **told, **findings.found}
     needed = [item.name for item in fields(source.family.config) if item.default is MISSING]
-    if missing := [key for key in (*needed, *findings.hints) if key not in keys]:
+    if missing := [key for key in (*findings.hints, *needed) if key not in keys]:
         hint = findings.hints.get(missing[0], "as the model was trained")
         raise UserError(
             f"{key_in_recipe(missing[0])} does not follow from the names and shapes of a {source.name} "
