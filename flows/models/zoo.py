@@ -3,10 +3,18 @@
 import difflib
 
 from flows.errors import UserError
-from flows.models import dit, dit_sizes, jet, starflow, tarflow
+from flows.models import dit, dit_sizes, jet, mmdit, mmdit_sizes, starflow, tarflow
 from flows.models.family import Family
 
 DIT = Family("dit", "velocity", dit.DiTConfig, dit.DiT, dit.forward_flops, dit_sizes.PUBLISHED)
+MMDIT = Family(
+    "mmdit",
+    "velocity",
+    mmdit.MMDiTConfig,
+    mmdit.MMDiT,
+    mmdit.forward_flops,
+    mmdit_sizes.PUBLISHED,
+)
 TARFLOW = Family(
     "tarflow",
     "likelihood",
@@ -25,7 +33,7 @@ STARFLOW = Family(
 )
 JET = Family("jet", "likelihood", jet.JetConfig, jet.Jet, jet.forward_flops, jet.PUBLISHED)
 
-FAMILIES = {family.name: family for family in (DIT, TARFLOW, STARFLOW, JET)}
+FAMILIES = {family.name: family for family in (DIT, MMDIT, TARFLOW, STARFLOW, JET)}
 
 
 def names() -> dict[str, Family]:
