@@ -1,4 +1,4 @@
-"""How good are the samples? Told by a classifier of real images, and by their distance to real images.
+"""How good is a model? Told by a classifier of real images, by distances to real images, and by bits.
 
 Images are (n, channels, height, width) in [-1, 1], labels (n,) int64.
 """
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from flows.errors import UserError
-from flows.metrics.energy import energy_distance
-
-CHUNK = 512
+from trainer.bits import Bits
+from trainer.distances import Distances, distances
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,12 @@ class ClassAccuracy:
 
 
 @dataclass(frozen=True)
-class Energy:
-    """Energy distances to held-out real images, all between sets of `count` images.
-
-    real: of training images, the distance that a perfect generator would have
-    """
-
-    samples: float
-    real: float
-    count: int
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What `flowmill evaluate` found."""
 
     classes: ClassAccuracy
-    energy: Energy
+    distances: Distances
+    bits: Bits | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -63,7 +51,7 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, value, to compare with) for a table."""
-        classes, energy = self.classes, self.energy
+        classes = self.classes
         worst = min(classes.per_class, key=classes.per_class.__getitem__)
         return [
             (
@@ -73,12 +61,20 @@ class Evaluation:
             ),
             ("worst class", f"{worst}: {classes.per_class[worst]:.1%}", ""),
             ("samples that are not finite", str(classes.broken), ""),
-            (
-                f"energy distance to {energy.count} held-out images",
-                f"{energy.samples:.4f}",
-                f"{energy.real:.4f} from as many real training images",
+            *(
+                (
+                    f"{measure.name}, {self.distances.count} held-out images",
+                    _figure(measure.samples),
+                    f"{_figure(measure.real)} from as many real training images",
+                )
+                for measure in self.distances.measures
             ),
+            *(self.bits.rows() if self.bits else []),
         ]
+
+
+def _figure(value: float | None) -> str:
+    return "too few" if value is None else f"{value:.4f}"
 
 
 def train_classifier(
@@ -122,22 +118,6 @@ def class_accuracy(
     )
 
 
-def energy(samples: Tensor, train: Tensor, heldout: Tensor, seed: int) -> Energy:
-    """Samples against held-out images beside training images against the same held-out images.
-
-    The sets are cut to one size, at random by `seed`: the distance of finite sets depends on it.
-    """
-    count = min(len(samples), len(train), len(heldout))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [_choose(images, count, generator) for images in (samples, train, heldout)]
-    made, real, unseen = (_pixels(images) for images in chosen)
-    return Energy(
-        samples=energy_distance(made, unseen, chunk=CHUNK),
-        real=energy_distance(real, unseen, chunk=CHUNK),
-        count=count,
-    )
-
-
 def evaluate(
     samples: Tensor,
     asked: Tensor,
@@ -145,20 +125,19 @@ def evaluate(
     heldout: tuple[Tensor, Tensor],
     names: Sequence[str],
     seed: int,
+    bits: Bits | None = None,
 ) -> Evaluation:
-    """Both judgements of `samples` that were asked to be of the classes `asked`.
+    """All judgements of `samples` that were asked to be of the classes `asked`.
 
     train, heldout: (images, labels) of real images
+    bits: of the model, where it has a likelihood
     """
     classifier = train_classifier(*train, *heldout)
     return Evaluation(
         classes=class_accuracy(classifier, samples, asked, names),
-        energy=energy(samples, train[0], heldout[0], seed),
+        distances=distances(samples, train[0], heldout[0], seed),
+        bits=bits,
     )
-
-
-def _choose(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return images.cpu()[torch.randperm(len(images), generator=generator)[:count]]
 
 
 def _pixels(images: Tensor) -> Tensor:

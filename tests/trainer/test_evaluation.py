@@ -1,6 +1,7 @@
 """Good samples score well, bad ones badly, and both beside what real images score."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,26 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from flows.dequantisation import Levels, uniform_in_bin
 from flows.errors import UserError
-from trainer.evaluation import Evaluation, class_accuracy, energy, evaluate, train_classifier
+from flows.models.flow import FlowOutput
+from flows.objectives.likelihood import Likelihood
+from flows.randomness import Draw
+from trainer.bits import COMPONENTS, heldout_bits
+from trainer.distances import Distances, distances
+from trainer.evaluation import Evaluation, class_accuracy, evaluate, train_classifier
 
 NAMES = [f"digit {i}" for i in range(10)]
+# Measures that are small for samples like the real ones; of the others 1 is best.
+FAR = ("energy", "FD-", "polynomial", "sliced")
+
+
+def of(found: Distances, name: str) -> tuple[float, float]:
+    """The one measure whose name begins with `name`: of samples, and of real images."""
+    (measure,) = (one for one in found.measures if one.name.startswith(name))
+    assert measure.samples is not None
+    assert measure.real is not None
+    return measure.samples, measure.real
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +51,23 @@ def test_real_images_score_as_real_images_do(real: Evaluation) -> None:
     assert real.classes.heldout_accuracy > 0.95
     assert abs(real.classes.accuracy - real.classes.heldout_accuracy) < 0.06
     assert set(real.classes.per_class) == set(NAMES)
-    assert real.energy.count == 397
-    assert real.energy.samples < 3 * real.energy.real
+    assert real.distances.count == 397
+    for name in FAR:
+        samples, beside = of(real.distances, name)
+        assert samples < 3 * beside + 0.01, name
+    for name in ("precision", "recall"):
+        samples, beside = of(real.distances, name)
+        assert samples > 0.8 * beside > 0.5, name
 
 
 def test_the_record_is_json_and_a_table(real: Evaluation) -> None:
     data = json.loads(json.dumps(real.to_dict(), allow_nan=False))
     assert data["classes"]["accuracy"] == real.classes.accuracy
-    assert data["energy"]["real"] == real.energy.real
+    energy = data["distances"]["measures"][0]
+    assert (energy["samples"], energy["real"]) == of(real.distances, "energy")
     text = " ".join(" ".join(row) for row in real.rows())
     assert f"{real.classes.accuracy:.1%}" in text
-    assert f"{real.energy.samples:.4f}" in text
+    assert f"{energy['samples']:.4f}" in text
     worst = replace(real.classes, per_class=dict.fromkeys(NAMES, 1.0) | {"digit 7": 0.25})
     assert "digit 7: 25.0%" in str(replace(real, classes=worst).rows())
 
@@ -57,9 +80,15 @@ def test_bad_samples_are_told_from_good_ones(
     wrong_class = class_accuracy(classifier, images[1000:], (labels[1000:] + 1) % 10, NAMES)
     assert wrong_class.accuracy < 0.05
     noise = torch.randn(397, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert energy(noise, images[:1000], images[1000:], 0).samples > 10 * real.energy.real
     collapsed = images[1400:1401].expand(397, -1, -1, -1)
-    assert energy(collapsed, images[:1000], images[1000:], 0).samples > 10 * real.energy.real
+    for bad in (noise, collapsed):
+        found = distances(bad, images[:1000], images[1000:], 0)
+        for name in FAR:
+            assert of(found, name)[0] > 5 * abs(of(real.distances, name)[1]), name
+    # Noise lies nowhere near digits; a single digit is a good one, and no other.
+    assert of(distances(noise, images[:1000], images[1000:], 0), "precision")[0] < 0.1
+    assert of(found, "precision")[0] > 0.9
+    assert of(found, "recall")[0] < 0.1
 
 
 def test_broken_samples_count_as_wrong_and_as_far(digits: tuple[Tensor, Tensor]) -> None:
@@ -71,16 +100,55 @@ def test_broken_samples_count_as_wrong_and_as_far(digits: tuple[Tensor, Tensor])
     assert found.broken == 200
     assert found.accuracy <= 0.5
     nothing = torch.full((400, 1, 8, 8), torch.nan)
-    far = energy(nothing, images[:1000], images[1000:], 0)
-    assert far.samples > 10 * far.real
+    samples, beside = of(distances(nothing, images[:1000], images[1000:], 0), "energy")
+    assert samples > 10 * beside
 
 
-def test_energy_uses_sets_of_one_size_chosen_by_the_seed(digits: tuple[Tensor, Tensor]) -> None:
+def test_sets_of_one_size_are_compared_chosen_by_the_seed(digits: tuple[Tensor, Tensor]) -> None:
     images, _ = digits
-    first = energy(images[:300], images[300:1300], images[1300:1500], 1)
+    first = distances(images[:300], images[300:1300], images[1300:1500], 1)
     assert first.count == 200
-    assert first == energy(images[:300], images[300:1300], images[1300:1500], 1)
-    assert first != energy(images[:300], images[300:1300], images[1300:1500], 2)
+    assert first == distances(images[:300], images[300:1300], images[1300:1500], 1)
+    assert first != distances(images[:300], images[300:1300], images[1300:1500], 2)
+
+
+def test_too_few_samples_are_said_to_be(digits: tuple[Tensor, Tensor]) -> None:
+    images, _ = digits
+    found = distances(images[:3], images[300:1300], images[1300:1500], 0)
+    unsaid = [measure.name for measure in found.measures if measure.samples is None]
+    assert [name.split()[0] for name in unsaid] == ["precision", "recall"]
+
+
+class Affine(torch.nn.Module):
+    """A flow that knows the mean and the spread of every pixel, and nothing else."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.spread = torch.nn.Parameter(images.std(0) + 0.01)
+        self.mean = torch.nn.Parameter(images.mean(0))
+
+    def forward(self, x: Tensor, label: Tensor) -> FlowOutput:
+        z = ((x - self.mean) / self.spread).flatten(2)
+        logdet = -self.spread.log().sum().expand(len(x))
+        return FlowOutput(z, logdet, torch.zeros(len(x)))
+
+
+def test_bits_of_a_flow_stand_beside_those_of_a_mixture(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    levels = Levels(17, "inside")
+    objective = Likelihood(
+        dequantisation="uniform", levels=levels, noise=0.0, power=0.0, label_drop=0.0,
+        null_label=10, text_drop=None,
+    )  # fmt: skip
+    heldout = images[1000:], labels[1000:]
+    flow = Affine(uniform_in_bin(images[:1000], levels, Draw(1, 0, torch.arange(1000))).y)
+    found = heldout_bits(flow, objective, images[:1000], heldout, seed=0)
+    assert (found.count, found.components) == (797, COMPONENTS)
+    # One Gaussian for each pixel is worse than five, and both are better than guessing a level.
+    assert found.mixture < found.model < math.log2(17)
+    assert 0 < found.error < 0.1
+    again = heldout_bits(flow, objective, images[:1000], heldout, seed=0)
+    assert again == found
 
 
 def test_one_class_is_no_classification(digits: tuple[Tensor, Tensor]) -> None:
