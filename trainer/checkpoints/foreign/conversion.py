@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.family import Family
-from trainer.checkpoints.foreign import dit, jet, tarflow
+from trainer.checkpoints.foreign import dit, flux, jet, tarflow
 from trainer.checkpoints.foreign.moves import State, to_ours, to_theirs
 from trainer.checkpoints.foreign.source import (
     Contents,
@@ -28,6 +28,7 @@ SOURCES: dict[str, Source] = {
         dit.DIT,
         dit.REPA,
         dit.LIGHTNING,
+        flux.FLUX,
         jet.JET,
     )
 }
