@@ -12,10 +12,12 @@ from flows.bases import Base, Inpainting, SuperResolution
 from flows.couplings import Coupling
 from flows.dequantisation import Levels
 from flows.errors import UserError
+from flows.mixture import MixturePath
 from flows.models.dequantised import DequantiserConfig, dequantised
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
 from flows.objectives.boundary import Boundary
+from flows.objectives.discrete import DiscreteFlowMatching
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.likelihood import Likelihood
 from flows.objectives.objective import Objective
@@ -29,7 +31,13 @@ from trainer.latents import check_latents
 from trainer.recipe import Recipe, SampleSection
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
-from trainer.velocity_sections import BaseSection, BoundarySection, ObjectiveSection
+from trainer.token_sections import DiscreteSection
+from trainer.velocity_sections import (
+    BaseSection,
+    BoundarySection,
+    ObjectiveSection,
+    TimeSection,
+)
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,8 @@ def build_objective(recipe: Recipe) -> Objective:
     """The objective of the recipe."""
     if isinstance(recipe.objective, LikelihoodSection):
         return build_likelihood(recipe, recipe.objective)
+    if isinstance(recipe.objective, DiscreteSection):
+        return build_discrete(recipe)
     return build_flow_matching(recipe)
 
 
@@ -153,17 +163,13 @@ def build_flow_matching(recipe: Recipe) -> FlowMatching:
     if not isinstance(section, ObjectiveSection):
         raise TypeError(f"a {type(section).__name__} is no flow matching")
     _check_sampling(recipe, section)
-    time = section.time
     return FlowMatching(
         path=path_named(section.path, sigma_min=section.sigma_min, exponent=section.exponent),
         prediction=section.prediction,
         weighting=section.weighting,
         label_drop=section.label_drop,
         null_label=recipe.data.classes,
-        time=TimeDistribution(
-            **time.model_dump(exclude={"stratified"}),
-            strata=recipe.train.batch if time.stratified else 0,
-        ),
+        time=_times(section.time, recipe.train.batch),
         shape=section.loss,
         coupling=_coupling(section),
         bridge=section.bridge,
@@ -172,6 +178,11 @@ def build_flow_matching(recipe: Recipe) -> FlowMatching:
         boundary=_boundary(section.boundary, recipe.data.channels),
         alignment=section.alignment,
     )
+
+
+def _times(section: TimeSection, batch: int) -> TimeDistribution:
+    strata = batch if section.stratified else 0
+    return TimeDistribution(**section.model_dump(exclude={"stratified"}), strata=strata)
 
 
 def _coupling(section: ObjectiveSection) -> Coupling | None:
@@ -234,4 +245,24 @@ def build_likelihood(recipe: Recipe, section: LikelihoodSection) -> Likelihood:
         label_drop=section.label_drop,
         null_label=recipe.data.classes,
         text_drop=section.label_drop if recipe.data.text else None,
+    )
+
+
+def build_discrete(recipe: Recipe) -> DiscreteFlowMatching:
+    """The objective of a model over tokens, as its samplers need it, too."""
+    section = recipe.objective
+    if not isinstance(section, DiscreteSection):
+        raise TypeError(f"a {type(section).__name__} is no discrete flow matching")
+    if recipe.data.latents:
+        raise UserError(
+            f"data.latents = true, and model.family = {recipe.model.family} makes tokens of the brightnesses "
+            "of pixels, which latents do not have; train on images, or choose another model.family."
+        )
+    levels = model_architecture(recipe).config.levels
+    return DiscreteFlowMatching(
+        path=MixturePath(levels, section.source, section.exponent),
+        loss_kind=section.loss,
+        label_drop=section.label_drop,
+        null_label=recipe.data.classes,
+        time=_times(section.time, recipe.train.batch),
     )

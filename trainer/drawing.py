@@ -1,5 +1,6 @@
 """From a model to samples of it, by whatever its family and the recipe ask for."""
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -7,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from flows.errors import UserError
+from flows.mixture import to_image
 from flows.models.dequantised import Dequantised
 from flows.models.jet import Jet
 from flows.randomness import Draw
 from flows.samplers.denoise import denoise_by_score
+from flows.samplers.discrete import sample_tokens
 from flows.samplers.guidance import Condition, null_condition
 from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, invert, prior
 from flows.samplers.inversion_guidance import FlowGuidance
 from flows.samplers.sampler import Sampled, sample
-from trainer.assembly import build_flow_matching
+from trainer.assembly import build_discrete, build_flow_matching
 from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.latents import to_images
 from trainer.recipe import Recipe, SampleSection
+from trainer.token_sections import JumpSection
 
 EVERY_TOKEN = 2**31  # a group that no chain is longer than
 BATCH = 128  # samples in one network call: bounds memory, changes no sample
@@ -53,7 +57,7 @@ def draw_samples(
     device: torch.device,
 ) -> Samples:
     """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
-    draw = _integrate if isinstance(recipe.sample, SampleSection) else _invert
+    draw = {SampleSection: _integrate, JumpSection: _jump}.get(type(recipe.sample), _invert)
     images, calls = [], []
     for part in torch.arange(len(labels)).split(BATCH):
         drawn = draw(model, recipe, labels[part].to(device), ids[part].to(device))
@@ -86,6 +90,29 @@ def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> 
         prediction=objective.prediction,
         **section.model_dump(exclude={"every", "count"}),
     )
+
+
+def _jump(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+    """Samples of a model over tokens: what its jumps have made of them at the end, as images."""
+    objective, section, data = build_discrete(recipe), recipe.sample, recipe.data
+    shape = (data.channels, data.image_size, data.image_size)
+
+    def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        logits: Tensor = model(x=x, t=t, **condition)
+        return logits
+
+    condition = {"label": label}
+    drawn = sample_tokens(
+        predict,
+        condition,
+        null_condition(condition, objective.null_label),
+        ids,
+        path=objective.path,
+        tokens=math.prod(shape),
+        seed=recipe.seed,
+        **section.model_dump(exclude={"every", "count"}),
+    )
+    return Sampled(to_image(drawn.tokens, objective.path.levels, shape), drawn.network_calls)
 
 
 def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
@@ -135,4 +162,5 @@ def _strategy(section: InversionSection) -> Strategy:
 def calls_parts(recipe: Recipe) -> bool:
     """Whether sampling calls parts of the network, or the whole of it differently often on each rank."""
     section = recipe.sample
-    return not isinstance(section, SampleSection) or section.solver == "dopri5"
+    own_steps = isinstance(section, SampleSection) and section.solver == "dopri5"
+    return isinstance(section, InversionSection) or own_steps

@@ -40,6 +40,7 @@ from trainer.section import (
     Share,
     Text,
 )
+from trainer.token_sections import DiscreteSection, JumpSection
 from trainer.velocity_sections import ObjectiveSection
 from trainer.yaml_text import parse_yaml, read_yaml
 
@@ -409,6 +410,7 @@ class Recipe(Section):
 KINDS: dict[Kind, tuple[type[AnyObjective], type[AnySampling]]] = {
     "velocity": (ObjectiveSection, SampleSection),
     "likelihood": (LikelihoodSection, InversionSection),
+    "tokens": (DiscreteSection, JumpSection),
 }
 
 

@@ -17,6 +17,7 @@ from flows.initialise import Rule
 from flows.models.dit import Block, DiTConfig, Final, adaln_zero
 from flows.models.embeddings import TimeEmbedding, sincos_positions
 from flows.models.feedforward import feedforward_products
+from flows.models.norms import LayerNorm
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TokenDiTConfig:
 
     @property
     def blocks(self) -> DiTConfig:
-        """The shape of the DiT whose blocks and last layer these are: a channel for each level."""
+        """The shape of the DiT whose blocks these are; it has a channel for each level."""
         return DiTConfig(
             image_size=self.image_size,
             channels=self.levels,
@@ -55,9 +56,6 @@ class TokenDiTConfig:
             depth=self.depth,
             heads=self.heads,
         )
-
-
-PUBLISHED: dict[str, dict[str, int]] = {}
 
 
 class TokenDiT(nn.Module):
@@ -77,7 +75,7 @@ class TokenDiT(nn.Module):
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.classes + 1, width)
         self.blocks = nn.ModuleList(Block(config.blocks) for _ in range(config.depth))
-        self.final = Final(config.blocks)
+        self.final = Final(width, config.levels, LayerNorm(width, affine=False))
         pixels = config.image_size**2
         self.register_buffer("position", torch.empty(pixels, 1, width), persistent=False)
         self.reset_buffers()

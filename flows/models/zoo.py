@@ -3,7 +3,7 @@
 import difflib
 
 from flows.errors import UserError
-from flows.models import dit, dit_sizes, jet, mmdit, mmdit_sizes, starflow, tarflow
+from flows.models import dit, dit_sizes, jet, mmdit, mmdit_sizes, starflow, tarflow, token_dit
 from flows.models.family import Family
 
 DIT = Family("dit", "velocity", dit.DiTConfig, dit.DiT, dit.forward_flops, dit_sizes.PUBLISHED)
@@ -33,7 +33,11 @@ STARFLOW = Family(
 )
 JET = Family("jet", "likelihood", jet.JetConfig, jet.Jet, jet.forward_flops, jet.PUBLISHED)
 
-FAMILIES = {family.name: family for family in (DIT, MMDIT, TARFLOW, STARFLOW, JET)}
+TOKEN_DIT = Family(
+    "token_dit", "tokens", token_dit.TokenDiTConfig, token_dit.TokenDiT, token_dit.forward_flops, {}
+)
+
+FAMILIES = {family.name: family for family in (DIT, MMDIT, TARFLOW, STARFLOW, JET, TOKEN_DIT)}
 
 
 def names() -> dict[str, Family]:
