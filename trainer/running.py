@@ -25,7 +25,8 @@ from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
 from flows.errors import UserError
 from parallel.clock import Clock
-from parallel.engines.native import NativeEngine, OptimizerFactory
+from parallel.engines.engine import OptimizerFactory
+from parallel.engines.native import NativeEngine
 from parallel.mesh import build_mesh
 from parallel.processes import Ranks, start, stop
 from trainer import tracking

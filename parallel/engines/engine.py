@@ -1,17 +1,21 @@
 """The protocol between the training loop and whatever moves the model: all that the loop knows."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
+from flows.randomness import Draw
+from parallel.clock import Clock
 from parallel.pieces import Held
 
 T = TypeVar("T")
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,35 @@ class Engine(Protocol):
             ranks as often
         """
         ...
+
+
+def over_microbatches(
+    microbatches: Sequence[Batch],
+    objective: Objective,
+    seed: int,
+    step: int,
+    *,
+    clock: Clock,
+    around: Callable[[bool], AbstractContextManager[object]],
+    forward: Callable[[dict[str, Tensor]], Any],
+    backward: Callable[[Tensor], None],
+) -> StepResult:
+    """Forward and backward of each microbatch, the part of a step that all engines have in common.
+
+    around: the context of a microbatch, which is told whether it is the last
+    forward: the network
+    backward: is given the () sum of the losses of a microbatch's samples
+    """
+    losses, times = [], []
+    for index, batch in enumerate(microbatches):
+        with around(index == len(microbatches) - 1):
+            with clock.phase("forward"):
+                prepared = objective.prepare(batch, Draw(seed, step, batch.position))
+                outputs = forward(prepared.inputs)
+                loss = objective.loss(outputs, prepared.targets)
+            with clock.phase("backward"):
+                backward(loss.sum())
+        losses.append(loss.detach())
+        if prepared.time is not None:
+            times.append(prepared.time)
+    return StepResult(torch.cat(losses), torch.cat(times) if times else None)

@@ -8,6 +8,7 @@ once, with the last.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
-from flows.randomness import Draw
 from parallel.clock import Clock
-from parallel.engines.engine import StepResult, T
+from parallel.engines.engine import OptimizerFactory, StepResult, T, over_microbatches
 from parallel.fsdp import held_whole, release_gathered
 from parallel.gradients import clip_gradients
 from parallel.mesh import DATA_AXES, Layout, data_rank
 from parallel.parallelize import parallelize
 from parallel.precision import Precision, computing
-
-OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 class NativeEngine:
@@ -96,20 +94,19 @@ class NativeEngine:
         step: int,
         global_batch: int,
     ) -> StepResult:
-        losses, times = [], []
-        for index, batch in enumerate(microbatches):
-            with self._synchronising(index == len(microbatches) - 1):
-                with self._clock.phase("forward"):
-                    prepared = objective.prepare(batch, Draw(seed, step, batch.position))
-                    with computing(self._precision, self.device):
-                        outputs = self._model.trained(**prepared.inputs)
-                    loss = objective.loss(outputs, prepared.targets)
-                with self._clock.phase("backward"):
-                    (loss.sum() * (self.data_size / global_batch)).backward()
-            losses.append(loss.detach())
-            if prepared.time is not None:
-                times.append(prepared.time)
-        return StepResult(torch.cat(losses), torch.cat(times) if times else None)
+        def backward(loss: Tensor) -> None:
+            (loss * (self.data_size / global_batch)).backward()
+
+        return over_microbatches(
+            microbatches,
+            objective,
+            seed,
+            step,
+            clock=self._clock,
+            around=self._synchronising,
+            forward=self._forward,
+            backward=backward,
+        )
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"):
@@ -149,6 +146,10 @@ class NativeEngine:
             model.train()
             # Without a backward nobody drops them, and the caller may write other weights next.
             release_gathered(model)
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Any:
+        with computing(self._precision, self.device):
+            return self._model.trained(**inputs)
 
     def _step_unless(self, skip: Tensor) -> None:
         """The gradient scaler's way of skipping: the kernels themselves look at `found_inf`."""
