@@ -28,8 +28,7 @@ def shard_model(
     reshard_after_forward: bool,
 ) -> None:
     """Cut each block, then the rest of the model, in place; parameters become DTensors."""
-    # It warns of in-place operations on outputs that are views; outputs are only read here.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    quiet()
     axes: Any = ("replicate", "shard") if layout.strategy == "hsdp" else "shard"
     for block in blocks:
         fully_shard(
@@ -37,6 +36,11 @@ def shard_model(
         )
     # The backward begins with the rest, so dropping it after the forward would be for nothing.
     fully_shard(model, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=False)
+
+
+def quiet() -> None:
+    """FSDP2 warns of in-place operations on outputs that are views; outputs are only read here."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 
 def replicate_model(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:

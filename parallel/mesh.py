@@ -23,9 +23,12 @@ DATA_AXES = ("replicate", "shard")
 
 @dataclass(frozen=True)
 class Layout:
-    """The size of each axis; their product is the number of ranks."""
+    """The size of each axis; their product is the number of ranks.
 
-    strategy: Strategy
+    strategy: how the model lies over the data axes, `Strategy` or another engine's word for it
+    """
+
+    strategy: str
     pp: int
     replicate: int
     shard: int

@@ -24,8 +24,9 @@ from flows.objectives.objective import Objective
 from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
-from parallel.mesh import Layout, resolve_layout
+from parallel.mesh import Layout
 from trainer.checkpoints.store import latest_whole
+from trainer.engines import Placement, place
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
 from trainer.recipe import Recipe, SampleSection
@@ -45,9 +46,20 @@ class Plan:
     """A recipe that passed every check at a given number of ranks."""
 
     recipe: Recipe  # its length in steps, whatever unit it was given in
-    layout: Layout
+    placement: Placement
     model: Architecture
     stream: Stream
+
+    @property
+    def layout(self) -> Layout:
+        return self.placement.layout
+
+    @property
+    def degrees(self) -> str:
+        """How the model lies over the ranks, in words."""
+        layout, engine = self.layout, self.recipe.parallel.engine
+        by = "" if engine == "native" else f"{engine} "
+        return f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
 
     @property
     def local_batch(self) -> int:
@@ -59,9 +71,8 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
 
     Raises UserError naming the key and the values that would work.
     """
-    layout = resolve_layout(
-        recipe.parallel.strategy, recipe.parallel.replicate, recipe.parallel.shard, world_size
-    )
+    placement = place(recipe, world_size)
+    layout = placement.layout
     if recipe.train.batch % layout.data_size:
         raise UserError(
             f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
@@ -82,7 +93,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
-    return Plan(in_steps(recipe, stream.epochs), layout, model, stream)
+    return Plan(in_steps(recipe, stream.epochs), placement, model, stream)
 
 
 def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:

@@ -1,5 +1,6 @@
 """Everything that can be checked about a run before a process group is made."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
     changed = check_resume(run, recipe)
     with torch.device("meta"):
         parameters = parameter_count(made.model.build())
+    state = made.placement.state_bytes(parameters, len(recipe.train.ema))
     checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
     free = _free_disk(run.root)
     count = recipe.checkpoint.keep + 1
@@ -57,7 +59,7 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
         *_layout_checks(made),
         Check("model", f"{parameters:,} trainable parameters"),
         Check("step", f"{made.model.train_flops * recipe.train.batch / 1e9:.1f} GFLOP"),
-        Check("memory a rank", f"{_size(_state_bytes(made, parameters))} before activations"),
+        Check("memory a rank", f"{_size(state)} before activations"),
         *_data_checks(made),
         Check("checkpoint", f"{_size(checkpoint_bytes)} each, {_size(free)} free"),
         Check("run folder", _run_state(run, recipe, changed)),
@@ -67,10 +69,12 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
 def _layout_checks(made: Plan) -> list[Check]:
     layout, train = made.layout, made.recipe.train
     micro = min(train.microbatch or made.local_batch, made.local_batch)
-    degrees = f"{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
     ranks = "1 rank" if layout.data_size == 1 else f"{layout.data_size} ranks"
     batch = f"{train.batch} = {ranks} x {made.local_batch}, microbatch {micro}"
-    return [Check("layout", degrees), Check("batch", batch)]
+    checks = [Check("layout", made.degrees), Check("batch", batch)]
+    if made.placement.deepspeed is not None:
+        checks.append(Check("DeepSpeed", json.dumps(made.placement.deepspeed)))
+    return checks
 
 
 def _data_checks(made: Plan) -> list[Check]:
@@ -92,11 +96,6 @@ def _data_checks(made: Plan) -> list[Check]:
         checks.append(Check("held out", f"{len(heldout.urls)} shards, {len(heldout):,} samples"))
         heldout.close()
     return checks
-
-
-def _state_bytes(made: Plan, parameters: int) -> float:
-    """float32 weights, gradients, two moments and the averages, cut over the shard axis."""
-    return 4 * parameters * (4 + len(made.recipe.train.ema)) / made.layout.shard
 
 
 def _run_state(run: RunFolder, recipe: Recipe, changed: list[str]) -> str:

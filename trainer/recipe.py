@@ -261,7 +261,23 @@ class TrainSection(Section):
         return self
 
 
+class DeepSpeedSection(Section):
+    """ZeRO. A key that is null is as the user's own JSON says, where there is one."""
+
+    stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="what is cut: 1 optimizer, 2 gradients too, 3 parameters too; null: 2"
+    )
+    offload_optimizer: bool | None = Field(None, description="keep the optimizer on the host")
+    offload_parameters: bool | None = Field(None, description="and the parameters; stage 3 alone")
+    config: Text | None = Field(
+        None, description="path of a DeepSpeed JSON with further keys; what it repeats must agree"
+    )
+
+
 class ParallelSection(Section):
+    engine: Literal["native", "deepspeed", "accelerate"] = Field(
+        "native", description="what moves the model; none of them changes the mathematics"
+    )
     strategy: Literal["none", "ddp", "fsdp", "hsdp"] | None = Field(
         None, description="null: none on one rank, fsdp on several"
     )
@@ -271,6 +287,23 @@ class ParallelSection(Section):
     shard: Positive | None = Field(None, description="ranks one copy is cut over; null: inferred")
     reshard_after_forward: bool = True
     timeout_seconds: Positive = Field(300, description="a collective that takes longer is an error")
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+
+    @model_validator(mode="after")
+    def _keys_of_the_engine(self) -> "ParallelSection":
+        """A key that another engine would follow must not be passed over in silence."""
+        others = {
+            "native": {"deepspeed"},
+            "deepspeed": {"strategy", "replicate", "shard", "reshard_after_forward"},
+            "accelerate": {"deepspeed", "replicate", "shard"},
+        }[self.engine]
+        for name in sorted(others):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"parallel.{name} is given, and parallel.engine = {self.engine} has no use for it; "
+                    "drop it, or choose another engine"
+                )
+        return self
 
 
 class CheckpointSection(Section):

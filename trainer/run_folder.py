@@ -33,6 +33,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def deepspeed(self) -> Path:
+        """What DeepSpeed was given, where it moved the model."""
+        return self.root / "deepspeed.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

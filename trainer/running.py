@@ -11,6 +11,7 @@ The order in which a run begins or goes on is a contract:
 7. The loop goes on at the checkpoint's step: everything random is a function of step and position.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,17 +26,14 @@ from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
 from flows.errors import UserError
 from parallel.clock import Clock
-from parallel.engines.engine import OptimizerFactory
-from parallel.engines.native import NativeEngine
-from parallel.mesh import build_mesh
 from parallel.processes import Ranks, start, stop
 from trainer import tracking
 from trainer.assembly import Plan, build_objective, plan
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
+from trainer.engines import build_engine
 from trainer.latents import open_reader
 from trainer.loop import Parts, checkpoint_tensors, train
-from trainer.optimizers import build as build_adamw
 from trainer.recipe import Recipe, write_recipe
 from trainer.reporting import Progress, Quiet, Report, open_tracker, store_address
 from trainer.run_folder import RunFolder, check_length, check_resume, check_science, locked
@@ -98,6 +96,10 @@ def train_rank(
         parts = replace(parts, report=report)
         _remember(made, run, report)
     parts.report.note(_start_line(made, run, ranks))
+    if (deepspeed := made.placement.deepspeed) is not None:
+        parts.report.note(f"DeepSpeed is given {json.dumps(deepspeed)}")
+        if ranks.is_first:
+            run.deepspeed.write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
     if first:
         parts.report.note(f"resuming {run.root} from step {first}")
         for change in changed:
@@ -109,34 +111,17 @@ def train_rank(
 
 def _start_line(made: Plan, run: RunFolder, ranks: Ranks) -> str:
     """What is about to train, where, and where to look at it."""
-    layout, recipe = made.layout, made.recipe
+    recipe = made.recipe
     count = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)}"
-    place = f"{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
     seen = tracking.open_command(store_address(run, recipe)) if recipe.tracking.mlflow else "off"
-    return (
-        f"{recipe.name}: {count} ({place}) on {ranks.device.type}, into {run.root}, MLflow: {seen}"
-    )
+    return f"{recipe.name}: {count} ({made.degrees}) on {ranks.device.type}, into {run.root}, MLflow: {seen}"
 
 
 def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
     """Everything this rank trains with, standing at the first step."""
-    recipe, layout = made.recipe, made.layout
+    recipe = made.recipe
     clock = Clock(ranks.device)
-    with torch.device("meta"):
-        model = made.model.build()
-    engine = NativeEngine(
-        model,
-        layout,
-        build_mesh(layout, ranks.device),
-        device=ranks.device,
-        seed=recipe.seed,
-        precision=recipe.train.precision,
-        checkpoint_activations=recipe.train.checkpoint_activations,
-        compile=recipe.train.compile,
-        reshard_after_forward=recipe.parallel.reshard_after_forward,
-        optimizer=_optimizer_factory(recipe),
-        clock=clock,
-    )
+    engine = build_engine(recipe, made.placement, made.model, ranks, clock)
     telemetry = Telemetry(
         batch=recipe.train.batch,
         flops=made.model.train_flops,
@@ -167,17 +152,6 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
         ranks=ranks,
         prefetch=data.prefetch,
         device=device,
-    )
-
-
-def _optimizer_factory(recipe: Recipe) -> OptimizerFactory:
-    section = recipe.optimizer
-    return lambda named: build_adamw(
-        dict(named),
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
     )
 
 

@@ -12,6 +12,7 @@ at the norm once more on their own and wait for it.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -28,7 +29,13 @@ from flows.objectives.objective import Objective
 from parallel.activation import checkpoint_blocks
 from parallel.clock import Clock
 from parallel.engines.deepspeed_config import Json
-from parallel.engines.engine import OptimizerFactory, StepResult, T, over_microbatches
+from parallel.engines.engine import (
+    OptimizerFactory,
+    StepResult,
+    T,
+    over_microbatches,
+    require_fused,
+)
 from parallel.engines.zero import Cut, Holding, Whole
 from parallel.gradients import EPSILON
 from parallel.initialise import fill_parameters
@@ -207,7 +214,7 @@ def build(
             block.compile(fullgraph=True)
     # Groups go by shapes, which stage 3 takes away from the parameters.
     before = list(model.parameters())
-    made = optimizer(list(zip(names, before, strict=True)))
+    made = require_fused(optimizer(list(zip(names, before, strict=True))))
     if stage == 3:
         _cut_one_by_one(deepspeed, model, config, device)
     else:
@@ -239,6 +246,8 @@ def load(device: torch.device) -> ModuleType:
         # Else it compiles a library of shared-memory collectives; gloo's need no compiler.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    old = "`torch.distributed.* is deprecated"  # said once by each of its collectives
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

@@ -122,3 +122,11 @@ def over_microbatches(
         if prepared.time is not None:
             times.append(prepared.time)
     return StepResult(torch.cat(losses), torch.cat(times) if times else None)
+
+
+def require_fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """`optimizer`, if its kernels can be told on the device to skip. Raises TypeError else."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        name = type(optimizer).__name__
+        raise TypeError(f"{name} cannot skip a step without waiting; construct it with fused=True")
+    return optimizer

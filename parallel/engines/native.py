@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -20,11 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from flows.batch import Batch
 from flows.objectives.objective import Objective
 from parallel.clock import Clock
-from parallel.engines.engine import OptimizerFactory, StepResult, T, over_microbatches
+from parallel.engines.engine import (
+    OptimizerFactory,
+    StepResult,
+    T,
+    over_microbatches,
+    require_fused,
+)
 from parallel.fsdp import held_whole, release_gathered
 from parallel.gradients import clip_gradients
 from parallel.mesh import DATA_AXES, Layout, data_rank
-from parallel.parallelize import parallelize
+from parallel.parallelize import ParallelModel, parallelize
 from parallel.precision import Precision, computing
 
 
@@ -33,47 +40,30 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: nn.Module,
-        layout: Layout,
-        mesh: DeviceMesh,
+        model: ParallelModel,
         *,
         device: torch.device,
-        seed: int,
+        data_rank: int,
+        data_size: int,
+        data_groups: Sequence[ProcessGroup],
         precision: Precision,
-        checkpoint_activations: int,
-        compile: bool,
+        compiled: bool,
         reshard_after_forward: bool,
         optimizer: OptimizerFactory,
         clock: Clock,
     ) -> None:
-        """model: on the meta device; it is laid over the mesh and drawn from `seed` here
+        """data_groups: the axes along which ranks read different samples, the outermost first
 
+        compiled, reshard_after_forward: as the model was made
         optimizer: is given canonical names and parameters; it must make a fused optimizer, whose
             kernels leave everything as it is when they are told to skip
         """
         self.device = device
-        self.data_rank = data_rank(mesh)
-        self.data_size = layout.data_size
-        self._clock, self._precision, self._compiled = clock, precision, compile
+        self.data_rank, self.data_size = data_rank, data_size
+        self._clock, self._precision, self._compiled = clock, precision, compiled
         self._reshard_after_forward = reshard_after_forward
-        self._data_groups = [mesh.get_group(axis) for axis in DATA_AXES if mesh[axis].size() > 1]
-        self._model = parallelize(
-            model,
-            mesh,
-            layout,
-            device=device,
-            seed=seed,
-            precision=precision,
-            checkpoint_activations=checkpoint_activations,
-            compile=compile,
-            reshard_after_forward=reshard_after_forward,
-        )
-        self._optimizer = optimizer(list(self._model.parameters.items()))
-        if not getattr(self._optimizer, "_step_supports_amp_scaling", False):
-            name = type(self._optimizer).__name__
-            raise TypeError(
-                f"{name} cannot skip a step without waiting; construct it with fused=True"
-            )
+        self._data_groups, self._model = data_groups, model
+        self._optimizer = require_fused(optimizer(list(model.parameters.items())))
         self._create_optimizer_state()
 
     def parameters(self) -> dict[str, Tensor]:
@@ -180,3 +170,43 @@ class NativeEngine:
     def _sampling_stance(self) -> AbstractContextManager[object]:
         """Samples come in many batch sizes; compiling for each would cost more than it saves."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
+
+def build(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    seed: int,
+    precision: Precision,
+    checkpoint_activations: int,
+    compile: bool,
+    reshard_after_forward: bool,
+    optimizer: OptimizerFactory,
+    clock: Clock,
+) -> NativeEngine:
+    """The engine of a `FlowModel` on the meta device, laid over the mesh and drawn from `seed`."""
+    laid_out = parallelize(
+        model,
+        mesh,
+        layout,
+        device=device,
+        seed=seed,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        reshard_after_forward=reshard_after_forward,
+    )
+    return NativeEngine(
+        laid_out,
+        device=device,
+        data_rank=data_rank(mesh),
+        data_size=layout.data_size,
+        data_groups=[mesh.get_group(axis) for axis in DATA_AXES if mesh[axis].size() > 1],
+        precision=precision,
+        compiled=compile,
+        reshard_after_forward=reshard_after_forward,
+        optimizer=optimizer,
+        clock=clock,
+    )

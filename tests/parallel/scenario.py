@@ -4,10 +4,14 @@ The network's sizes are chosen to be awkward: the class table has 6 rows and the
 four ranks hold unequal pieces and some ranks hold nothing.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,8 +23,12 @@ from flows.paths import path_named
 from flows.randomness import Draw
 from flows.times import TimeDistribution
 from parallel.clock import Clock
+from parallel.engines import accelerate, deepspeed, deepspeed_config, native
+from parallel.engines.deepspeed import DeepSpeedEngine
+from parallel.engines.engine import Engine
 from parallel.engines.native import NativeEngine
 from parallel.mesh import Layout, build_mesh
+from parallel.pieces import FlatPiece, Held
 
 SEED = 11
 GLOBAL_BATCH = 8
@@ -119,7 +127,7 @@ def build(
 ) -> NativeEngine:
     with torch.device("meta"):
         model = DiT(CONFIG)
-    return NativeEngine(
+    return native.build(
         model,
         layout,
         build_mesh(layout, CPU),
@@ -134,7 +142,71 @@ def build(
     )
 
 
-def backward(engine: NativeEngine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:
+def build_zero(
+    stage: Any,
+    *,
+    precision: Any = "fp32",
+    checkpoint_activations: int = 0,
+    microbatch: int = GLOBAL_BATCH,
+    offload: bool = False,
+    json: dict[str, Any] | None = None,
+) -> DeepSpeedEngine:
+    """DeepSpeed on all ranks, each with its share of the batch in microbatches."""
+    local = GLOBAL_BATCH // dist.get_world_size()
+    config = deepspeed_config.generate(
+        json or {},
+        "a test",
+        stage=stage,
+        precision=precision,
+        batch=GLOBAL_BATCH,
+        microbatch=min(microbatch, local),
+        accumulate=-(-local // min(microbatch, local)),
+        max_norm=MAX_NORM,
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+    )
+    with torch.device("meta"):
+        model = DiT(CONFIG)
+    return deepspeed.build(
+        model,
+        config,
+        device=CPU,
+        seed=SEED,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=False,
+        optimizer=adamw,
+        clock=Clock(CPU),
+    )
+
+
+def build_accelerated(
+    kind: Any, *, checkpoint_activations: int = 0, reshard_after_forward: bool = True
+) -> Engine:
+    """Accelerate, which is one for a process and has to forget the one before."""
+    state = import_module("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    with torch.device("meta"):
+        model = DiT(CONFIG)
+    return accelerate.build(
+        model,
+        kind,
+        None,
+        device=CPU,
+        seed=SEED,
+        precision="fp32",
+        checkpoint_activations=checkpoint_activations,
+        compile=False,
+        reshard_after_forward=reshard_after_forward,
+        optimizer=adamw,
+        clock=Clock(CPU),
+    )
+
+
+def backward(engine: Engine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:
     """() loss over all ranks; the gradients are left in place."""
     mine = share(global_batch(step), engine.data_rank, engine.data_size)
     parts = list(mine.split(microbatch))
@@ -142,7 +214,7 @@ def backward(engine: NativeEngine, step: int, microbatch: int = GLOBAL_BATCH) ->
     return engine.sum_over_data(result.loss.sum()) / GLOBAL_BATCH
 
 
-def train(engine: NativeEngine, steps: int = STEPS, microbatch: int = GLOBAL_BATCH) -> Curve:
+def train(engine: Engine, steps: int = STEPS, microbatch: int = GLOBAL_BATCH) -> Curve:
     losses, norms = [], []
     for step in range(steps):
         losses.append(backward(engine, step, microbatch))
@@ -151,12 +223,18 @@ def train(engine: NativeEngine, steps: int = STEPS, microbatch: int = GLOBAL_BAT
     return Curve(torch.stack(losses), torch.stack(norms), whole(engine.parameters()))
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Held]) -> dict[str, Tensor]:
     """Copies of whole tensors; a collective where they are cut."""
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in tensors.items()
-    }
+    return {name: _whole(held).detach().clone() for name, held in tensors.items()}
+
+
+def _whole(held: Held) -> Tensor:
+    if isinstance(held, FlatPiece):
+        line = torch.zeros(held.shape.numel())
+        line[held.start : held.start + len(held.local)] = held.local
+        dist.all_reduce(line)
+        return line.view(held.shape)
+    return held.full_tensor() if isinstance(held, DTensor) else held
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -170,3 +248,8 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     names = sorted(ours)
     a, b = (torch.cat([w[n].flatten().double() for n in names]) for w in (ours, theirs))
     return float((a - b).norm() / b.norm())
+
+
+def relative_norm(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2 distance of two tensors."""
+    return float((ours - theirs).norm() / theirs.norm())

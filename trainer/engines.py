@@ -1,0 +1,197 @@
+"""From a recipe to the engine that moves its model, and what each engine asks of a recipe."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from flows.errors import UserError
+from flows.models.family import Architecture
+from parallel.clock import Clock
+from parallel.engines import accelerate, deepspeed, deepspeed_config, native
+from parallel.engines.deepspeed_config import Json, Stage
+from parallel.engines.engine import Engine, OptimizerFactory
+from parallel.mesh import Layout, build_mesh, resolve_layout
+from parallel.processes import Ranks
+from trainer.optimizers import build as build_adamw
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything lies.
+
+    deepspeed: what DeepSpeed is given; None where another engine moves the model
+    """
+
+    layout: Layout
+    deepspeed: Json | None
+
+    @property
+    def kind(self) -> accelerate.Kind:
+        """In the words of Accelerate."""
+        if self.deepspeed is not None:
+            return "deepspeed"
+        return cast(accelerate.Kind, self.layout.strategy)
+
+    def state_bytes(self, parameters: int, averages: int) -> float:
+        """Weights, gradients, two moments and `averages`, of `parameters` parameters, a rank."""
+        if self.deepspeed is None:
+            return 4 * parameters * (4 + averages) / self.layout.shard
+        stage, ranks = self.deepspeed["zero_optimization"]["stage"], self.layout.world_size
+        if stage == 0:
+            return 4 * parameters * (4 + averages)
+        wide = 2 if self.deepspeed["bf16"]["enabled"] else 4
+        weights = wide / (ranks if stage == 3 else 1)
+        gradients = (wide if stage == 1 else 4) / (1 if stage == 1 else ranks)
+        return parameters * (weights + gradients + 4 * (3 + averages) / ranks)
+
+
+def place(recipe: Recipe, world_size: int) -> Placement:
+    """The layout of `recipe` on `world_size` ranks; needs no process group.
+
+    Raises UserError naming the key, and what would work.
+    """
+    section = recipe.parallel
+    if section.engine == "accelerate":
+        return _place_accelerate(recipe, world_size)
+    if accelerate.launched(world_size) is not None:
+        raise UserError(
+            f"`accelerate launch` started this, and parallel.engine = {section.engine} would pass over its "
+            "config; set parallel.engine=accelerate, or start with --ranks or torchrun."
+        )
+    if section.engine == "deepspeed":
+        return _place_deepspeed(recipe, world_size)
+    layout = resolve_layout(section.strategy, section.replicate, section.shard, world_size)
+    return Placement(layout, None)
+
+
+def build_engine(
+    recipe: Recipe, placement: Placement, model: Architecture, ranks: Ranks, clock: Clock
+) -> Engine:
+    """The engine that was asked for, its weights drawn; a collective."""
+    with torch.device("meta"):
+        network = model.build()
+    train, factory = recipe.train, optimizer_factory(recipe)
+    if recipe.parallel.engine == "accelerate":
+        return accelerate.build(
+            network,
+            placement.kind,
+            placement.deepspeed,
+            device=ranks.device,
+            seed=recipe.seed,
+            precision=train.precision,
+            checkpoint_activations=train.checkpoint_activations,
+            compile=train.compile,
+            reshard_after_forward=recipe.parallel.reshard_after_forward,
+            optimizer=factory,
+            clock=clock,
+        )
+    if placement.deepspeed is not None:
+        return deepspeed.build(
+            network,
+            placement.deepspeed,
+            device=ranks.device,
+            seed=recipe.seed,
+            precision=train.precision,
+            checkpoint_activations=train.checkpoint_activations,
+            compile=train.compile,
+            optimizer=factory,
+            clock=clock,
+        )
+    return native.build(
+        network,
+        placement.layout,
+        build_mesh(placement.layout, ranks.device),
+        device=ranks.device,
+        seed=recipe.seed,
+        precision=train.precision,
+        checkpoint_activations=train.checkpoint_activations,
+        compile=train.compile,
+        reshard_after_forward=recipe.parallel.reshard_after_forward,
+        optimizer=factory,
+        clock=clock,
+    )
+
+
+def optimizer_factory(recipe: Recipe) -> OptimizerFactory:
+    """Makes the recipe's optimizer of names and parameters."""
+    section = recipe.optimizer
+    return lambda named: build_adamw(
+        dict(named),
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+    )
+
+
+def _place_deepspeed(recipe: Recipe, world_size: int) -> Placement:
+    _need("deepspeed")
+    section = recipe.parallel.deepspeed
+    user, where = deepspeed_config.read(section.config), f"{section.config}"
+    stage = deepspeed_config.stage_of(section.stage, user, where)
+    return _place_zero(recipe, world_size, stage, user, where)
+
+
+def _place_accelerate(recipe: Recipe, world_size: int) -> Placement:
+    _need("accelerate")
+    section = recipe.parallel
+    accelerate.check(recipe.train.precision, world_size, section.reshard_after_forward)
+    launched, asked = accelerate.launched(world_size), section.strategy
+    if launched is not None and asked not in (None, launched):
+        raise UserError(
+            f"{accelerate.CONFIG} asks for {launched}, and parallel.strategy = {asked}; leave it null."
+        )
+    if launched == "deepspeed":
+        _need("deepspeed")
+        user = accelerate.deepspeed_settings()
+        stage = deepspeed_config.stage_of(None, user, accelerate.CONFIG)
+        return _place_zero(recipe, world_size, stage, user, accelerate.CONFIG)
+    if asked == "hsdp":
+        raise UserError(
+            "parallel.strategy = hsdp is not supported with parallel.engine = accelerate; use fsdp or ddp, "
+            "or parallel.engine=native."
+        )
+    return Placement(resolve_layout(launched or asked, None, None, world_size), None)
+
+
+def _place_zero(recipe: Recipe, world_size: int, stage: Stage, user: Json, where: str) -> Placement:
+    """ZeRO of a stage, with a user's JSON from `where`."""
+    train, section = recipe.train, recipe.parallel.deepspeed
+    if train.compile and stage == 3:
+        raise UserError(
+            "train.compile = true does not go together with ZeRO stage 3, which gathers weights between "
+            "the operations that would be compiled as one; use stage 2, or train.compile=false."
+        )
+    local = max(train.batch // world_size, 1)
+    microbatch = min(train.microbatch or local, local)
+    config = deepspeed_config.generate(
+        user,
+        where,
+        stage=stage,
+        precision=train.precision,
+        batch=train.batch,
+        microbatch=microbatch,
+        accumulate=-(-local // microbatch),
+        max_norm=recipe.optimizer.clip,
+        offload_optimizer=deepspeed_config.offloaded(
+            "offload_optimizer", section.offload_optimizer, user, where
+        ),
+        offload_parameters=deepspeed_config.offloaded(
+            "offload_parameters", section.offload_parameters, user, where
+        ),
+    )
+    cut = world_size if stage == 3 else 1
+    layout = Layout(f"zero-{stage}", pp=1, replicate=world_size // cut, shard=cut, cp=1, tp=1)
+    return Placement(layout, config)
+
+
+def _need(package: str) -> None:
+    """Raises UserError if an optional package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"parallel.engine asks for the package {package}, which is not installed; run "
+            f"pip install 'flowmill[{package}]'."
+        )
