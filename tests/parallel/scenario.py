@@ -125,10 +125,8 @@ def build(
     compile: bool = False,
     reshard_after_forward: bool = True,
 ) -> NativeEngine:
-    with torch.device("meta"):
-        model = DiT(CONFIG)
     return native.build(
-        model,
+        _on_meta(),
         layout,
         build_mesh(layout, CPU),
         device=CPU,
@@ -152,9 +150,25 @@ def build_zero(
     json: dict[str, Any] | None = None,
 ) -> DeepSpeedEngine:
     """DeepSpeed on all ranks, each with its share of the batch in microbatches."""
+    return deepspeed.build(
+        _on_meta(),
+        zero_config(stage, precision, microbatch, offload, json or {}),
+        device=CPU,
+        seed=SEED,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=False,
+        optimizer=adamw,
+        clock=Clock(CPU),
+    )
+
+
+def zero_config(
+    stage: Any, precision: Any, microbatch: int, offload: bool, json: dict[str, Any]
+) -> dict[str, Any]:
     local = GLOBAL_BATCH // dist.get_world_size()
-    config = deepspeed_config.generate(
-        json or {},
+    return deepspeed_config.generate(
+        json,
         "a test",
         stage=stage,
         precision=precision,
@@ -165,36 +179,29 @@ def build_zero(
         offload_optimizer=offload,
         offload_parameters=offload and stage == 3,
     )
-    with torch.device("meta"):
-        model = DiT(CONFIG)
-    return deepspeed.build(
-        model,
-        config,
-        device=CPU,
-        seed=SEED,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
-        compile=False,
-        optimizer=adamw,
-        clock=Clock(CPU),
-    )
 
 
 def build_accelerated(
-    kind: Any, *, checkpoint_activations: int = 0, reshard_after_forward: bool = True
+    kind: Any,
+    *,
+    checkpoint_activations: int = 0,
+    reshard_after_forward: bool = True,
+    environment: dict[str, str] | None = None,
 ) -> Engine:
-    """Accelerate, which is one for a process and has to forget the one before."""
+    """Accelerate, which is one for a process and has to forget the one before.
+
+    environment: what `accelerate launch` would set; DeepSpeed is of stage 2
+    """
     state = import_module("accelerate.state")
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    with torch.device("meta"):
-        model = DiT(CONFIG)
+    os.environ.update(environment or {})
     return accelerate.build(
-        model,
+        _on_meta(),
         kind,
-        None,
+        zero_config(2, "fp32", GLOBAL_BATCH, False, {}) if kind == "deepspeed" else None,
         device=CPU,
         seed=SEED,
         precision="fp32",
@@ -204,6 +211,11 @@ def build_accelerated(
         optimizer=adamw,
         clock=Clock(CPU),
     )
+
+
+def _on_meta() -> DiT:
+    with torch.device("meta"):
+        return DiT(CONFIG)
 
 
 def backward(engine: Engine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:

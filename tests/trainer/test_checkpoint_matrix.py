@@ -1,0 +1,228 @@
+"""A checkpoint belongs to the run: whichever engine saved it, any other goes on from it.
+
+Two processes build every two-rank layout in turn; the process of the test is the layout of one rank.
+A run is saved in its middle under one layout and goes on under another, and must end as the run of
+one device that was never stopped: losses, weights, both moments and counts of Adam, both averages.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel import processes
+from parallel.engines.engine import Engine
+from parallel.mesh import resolve_layout
+from parallel.pieces import FlatPiece
+from parallel.processes import Ranks
+from tests.distributed.harness import run_ranks
+from tests.parallel import scenario
+from trainer.checkpoints.manifest import read_manifest
+from trainer.checkpoints.store import load, save
+from trainer.ema import Ema
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("accelerate", "deepspeed")),
+        reason="deepspeed or accelerate is not installed",
+    ),
+    pytest.mark.timeout(600),
+]
+
+EXACT = 1e-5
+MIDDLE, END = 10, 20
+DECAYS = [0.5, 0.9]
+# Small parameters are cut as well.
+CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+TWO = {
+    "ddp x2": lambda: scenario.build(resolve_layout("ddp", None, None, 2)),
+    "fsdp x2": lambda: scenario.build(resolve_layout("fsdp", None, None, 2)),
+    "zero-1 x2": lambda: scenario.build_zero(1),
+    "zero-2 x2": lambda: scenario.build_zero(2),
+    "zero-3 x2": lambda: scenario.build_zero(3, json=CUT),
+    "accelerate fsdp x2": lambda: scenario.build_accelerated("fsdp"),
+}
+# Every layout saves once and goes on once, beside the pairs with one rank.
+FAST = {
+    ("ddp x2", "zero-3 x2"),
+    ("zero-3 x2", "fsdp x2"),
+    ("fsdp x2", "zero-1 x2"),
+    ("zero-1 x2", "accelerate fsdp x2"),
+    ("accelerate fsdp x2", "zero-2 x2"),
+    ("zero-2 x2", "ddp x2"),
+}
+
+
+class Run:
+    """One engine with its averages, at some step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.ema = engine, Ema(engine.parameters(), DECAYS)
+
+    def train(self, first: int, last: int) -> Tensor:
+        """(last - first,) losses"""
+        losses = []
+        for step in range(first, last):
+            losses.append(scenario.backward(self.engine, step))
+            self.engine.clip_gradients(scenario.MAX_NORM)
+            skip = torch.zeros(())
+            self.engine.step(scenario.LEARNING_RATE, skip)
+            self.ema.update(self.engine.parameters(), skip, step)
+        return torch.stack(losses)
+
+    def tensors(self) -> dict[str, Any]:
+        return {
+            **{f"model.{name}": held for name, held in self.engine.parameters().items()},
+            **{f"optimizer.{n}": held for n, held in self.engine.optimizer_tensors().items()},
+            **{f"ema.{name}": held for name, held in self.ema.tensors().items()},
+        }
+
+    def save(self, folder: Path) -> None:
+        held = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        save(folder, step=MIDDLE, tensors=held, state={"step": MIDDLE}, keep=1)
+
+    def load(self, folder: Path) -> "Run":
+        assert load(at(folder), self.tensors()) == {"step": MIDDLE}
+        return self
+
+    def ends(self) -> dict[str, Any]:
+        """From the middle to the end: losses, and everything that is held then."""
+        return {"losses": self.train(MIDDLE, END), "held": scenario.whole(self.tensors())}
+
+
+def at(folder: Path) -> Path:
+    return folder / f"step-{MIDDLE:08d}"
+
+
+def alone() -> Run:
+    return Run(scenario.build(resolve_layout("none", None, None, 1)))
+
+
+def closed(run: Run) -> None:
+    """DeepSpeed's hooks and buffers, which are many."""
+    inner = getattr(run.engine, "_inner", None)
+    if inner is not None:
+        inner.destroy()
+
+
+def on_two_ranks(ranks: Ranks, folder: Path, pairs: set[tuple[str, str]]) -> dict[str, Any]:
+    """Save under every layout of two ranks; then go on, by pairs and from one rank."""
+    for name, build in TWO.items():
+        run = Run(build())
+        run.train(0, MIDDLE)
+        run.save(folder / name)
+        closed(run)
+    ended = {}
+    for source in ("1", *TWO):
+        for name, build in TWO.items():
+            if source == "1" or (source, name) in pairs:
+                run = Run(build()).load(folder / source)
+                ended[f"{source} -> {name}"] = run.ends()
+                closed(run)
+    forgetful = Run(scenario.build_zero(2)).load(folder / "1")
+    for name, held in forgetful.engine.optimizer_tensors().items():
+        if isinstance(held, FlatPiece):
+            held.local.zero_()
+        assert isinstance(held, FlatPiece) or name.endswith(".step")
+    ended["without moments"] = forgetful.ends()
+    return ended
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    yield processes.start("cpu", 60)
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def never_stopped(one_rank, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The run of one rank: a checkpoint of its middle, and how it ended."""
+    folder = tmp_path_factory.mktemp("matrix")
+    run = alone()
+    run.train(0, MIDDLE)
+    run.save(folder / "1")
+    return folder, run.ends()
+
+
+@pytest.fixture(scope="module")
+def fast(never_stopped) -> dict[str, Any]:
+    folder, _ = never_stopped
+    return run_ranks(on_two_ranks, 2, timeout=250.0, folder=folder, pairs=FAST)[0]
+
+
+def hold(ended: dict[str, Any], whole: dict[str, Any]) -> None:
+    ours, theirs = ended["held"], whole["held"]
+    assert ours.keys() == theirs.keys()
+    errors = {"losses": scenario.relative(ended["losses"], whole["losses"])}
+    for part in ("model.", *(f"ema.{decay}." for decay in DECAYS)):
+        errors[part] = distance(ours, theirs, part, "")
+    for slot in (".exp_avg", ".exp_avg_sq", ".step"):
+        errors[slot] = distance(ours, theirs, "optimizer.", slot)
+    assert max(errors.values()) <= EXACT, errors
+
+
+def distance(ours: Any, theirs: Any, begin: str, end: str) -> float:
+    """Relative L2 distance of all tensors with such names, together."""
+    names = [name for name in theirs if name.startswith(begin) and name.endswith(end)]
+    assert names
+    return scenario.distance({n: ours[n] for n in names}, {n: theirs[n] for n in names})
+
+
+@pytest.mark.parametrize("pair", sorted(FAST), ids=" -> ".join)
+def test_any_engine_goes_on_from_any_other(never_stopped, fast, pair):
+    hold(fast[" -> ".join(pair)], never_stopped[1])
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_any_engine_goes_on_from_one_rank(never_stopped, fast, name):
+    hold(fast[f"1 -> {name}"], never_stopped[1])
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_one_rank_goes_on_from_any_engine(never_stopped, fast, name):
+    folder, whole = never_stopped
+    hold(alone().load(folder / name).ends(), whole)
+
+
+def test_moments_that_are_dropped_are_noticed(never_stopped, fast):
+    _, whole = never_stopped
+    with pytest.raises(AssertionError, match="losses"):
+        hold(fast["without moments"], whole)
+    errors = scenario.relative(fast["without moments"]["losses"], whole["losses"])
+    assert errors > 100 * EXACT
+
+
+def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
+    """Otherwise all of the above would compare one rank with itself."""
+    folder, _ = never_stopped
+    written = {name: read_manifest(at(folder / name)) for name in ("1", *TWO)}
+    layouts = {name: manifest.layout for name, manifest in written.items()}
+    assert layouts["1"] == "1 rank"
+    assert layouts["ddp x2"] == "2 ranks"
+    assert layouts["fsdp x2"].startswith("2 ranks, mesh ")
+    assert layouts["accelerate fsdp x2"].startswith("2 ranks, mesh ")
+    assert all(layouts[f"zero-{stage} x2"] == "2 ranks, cut flat" for stage in (1, 2, 3))
+    entries = {name: manifest.tensors for name, manifest in written.items()}
+    assert all(entries[name].keys() == entries["1"].keys() for name in TWO)
+    moment = "optimizer.blocks.1.attention.qkv.weight.exp_avg"
+    boxes = {name: len(entries[name][moment].chunks) for name in written}
+    assert boxes["1"] == boxes["ddp x2"] == 1
+    assert boxes["zero-3 x2"] == boxes["fsdp x2"] == 2
+
+
+@pytest.mark.slow
+def test_the_whole_matrix(never_stopped):
+    folder, whole = never_stopped
+    pairs = {(source, name) for source in TWO for name in TWO}
+    copied = folder / "all"
+    shutil.copytree(folder / "1", copied / "1")
+    ended = run_ranks(on_two_ranks, 2, timeout=500.0, folder=copied, pairs=pairs)
+    for result in ended:
+        result.pop("without moments")
+        assert len(result) == (1 + len(TWO)) * len(TWO)
+        for one in result.values():
+            hold(one, whole)
