@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.loader import Loader
+from flows.models.family import persistent_buffers
 from flows.objectives.objective import Objective
 from parallel.clock import Clock
 from parallel.engines.engine import Engine
@@ -141,7 +142,9 @@ def checkpoint(parts: Parts, done: int) -> None:
 
 def checkpoint_tensors(parts: Parts) -> dict[str, Held]:
     """Canonical name -> tensor, the same names under any layout; loading writes in place."""
+    buffers = parts.engine.run(persistent_buffers, whole=False)
     return {
+        **{f"buffer.{name}": value for name, value in buffers.items()},
         **{f"model.{name}": value.detach() for name, value in parts.engine.parameters().items()},
         **{f"optimizer.{name}": value for name, value in parts.engine.optimizer_tensors().items()},
         **{f"ema.{name}": value for name, value in parts.ema.tensors().items()},

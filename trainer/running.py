@@ -5,7 +5,8 @@ The order in which a run begins or goes on is a contract:
 1. The recipe is checked against machine, model, shards and run folder; nothing exists yet.
 2. The ranks meet; rank 0 locks the run folder.
 3. The model is laid over the mesh and drawn from the seed, the averages begin at the weights.
-4. The newest whole checkpoint, if any, overwrites weights, optimizer, averages and counters in place.
+4. The newest whole checkpoint, if any, overwrites weights, optimizer, averages and counters in place; one
+   of imported weights has weights and averages alone.
 5. The loader stands at the checkpoint's position. Up to here whatever is refused leaves a run as it was.
 6. Rank 0 writes the resolved recipe, drops metrics after the checkpoint's step, and calls MLflow.
 7. The loop goes on at the checkpoint's step: everything random is a function of step and position.
@@ -29,6 +30,7 @@ from parallel.clock import Clock
 from parallel.processes import Ranks, start, stop
 from trainer import tracking
 from trainer.assembly import Plan, build_objective, plan
+from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.engines import build_engine
@@ -181,6 +183,8 @@ def _restore(parts: Parts) -> int:
     newest = latest_whole(parts.run.checkpoints)
     if newest is None:
         first = 0
+    elif "imported" in read_manifest(newest).state:
+        first = _begin_from(newest, parts)
     else:
         state = load(newest, checkpoint_tensors(parts))
         check_science(parts.run, state["science"], parts.recipe)
@@ -189,6 +193,14 @@ def _restore(parts: Parts) -> int:
         parts.telemetry.load_state_dict(state["telemetry"])
         first = int(state["step"])
     return first
+
+
+def _begin_from(imported: Path, parts: Parts) -> int:
+    """Weights and averages of published weights, which come without optimizer and place in the data."""
+    tensors = checkpoint_tensors(parts)
+    weights = {n: held for n, held in tensors.items() if not n.startswith("optimizer.")}
+    check_science(parts.run, load(imported, weights)["science"], parts.recipe)
+    return 0
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import UserError
+from flows.models.family import persistent_buffers
 from parallel.engines.engine import Engine
 from parallel.processes import choose_device
 from trainer.assembly import model_architecture
@@ -55,6 +56,8 @@ def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
     prefix = f"ema.{recipe.train.ema[0]}." if recipe.train.ema else "model."
     weights = {f"{prefix}{name}": weight.data for name, weight in model.named_parameters()}
     state = load(newest, weights, prefix=prefix)
+    buffers = {f"buffer.{name}": value for name, value in persistent_buffers(model).items()}
+    load(newest, buffers, prefix="buffer.")
     labels = balanced_labels(count, recipe.data.classes)
     with torch.no_grad():
         drawn = draw_samples(model, recipe, labels, torch.arange(count), device)

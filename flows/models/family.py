@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from flows.errors import UserError
 
@@ -90,3 +90,9 @@ def architecture(
 def parameter_count(model: nn.Module) -> int:
     """Trainable numbers in a model."""
     return sum(weight.numel() for weight in model.parameters())
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What is part of a model's state and not learned, such as the orders that a Jet splits by."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
+# Named here, for the formats themselves know models, and torch takes seconds to import.
+FORMATS = ("ml-tarflow", "ml-starflow", "sit", "dit", "repa", "lightningdit", "flux", "jet")
+
+
+Weights = Literal["ema", "raw"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Json = Annotated[bool, typer.Option("--json", help="For programs: a list of records.")]
 
 
@@ -113,6 +119,56 @@ def diff(
         Console().print(table)
     if found:
         raise typer.Exit(1)
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="Published weights: torch, safetensors or .npz.")],
+    source: Annotated[str, typer.Option("--from", help=f"Who wrote it: {', '.join(FORMATS)}.")],
+    run: Annotated[Path, typer.Option(help="The new run folder.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="section.key=value: what the file leaves out, and all else of a recipe."
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Where it has both; default: averaged.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one record.")] = False,
+) -> None:
+    """Make a run folder of a public program's weights: a recipe and a checkpoint."""
+    from trainer.interchange import import_run
+
+    made = import_run(file, source, run, weights, changes or [])
+    if as_json:
+        record = {"run": str(run), "parameters": made.parameters}
+        typer.echo(json.dumps({**record, "model": made.recipe.model.model_dump(mode="json")}))
+        return
+    Console(soft_wrap=True).print(
+        f"{file}: {made.parameters:,} numbers of a {made.recipe.model.family} into {run}; "
+        f"flowmill sample {run}, or flowmill train {made.run.recipe} data.train=SHARDS",
+        highlight=False,
+        markup=False,
+    )
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file; for diffusers a folder.")],
+    target: Annotated[
+        str, typer.Option("--as", help=f"flowmill, diffusers, {', '.join(FORMATS)}.")
+    ] = "flowmill",
+    weights: Annotated[Weights, typer.Option(help="Averaged or raw.")] = "ema",
+    precision: Annotated[Precision, typer.Option(help="Of floats.")] = "fp32",
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+) -> None:
+    """Write the weights of a run under our names, those of a public program, or for diffusers."""
+    from trainer.interchange import export_run
+
+    written = export_run(run, out, target=target, weights=weights, precision=precision, step=step)
+    Console(soft_wrap=True).print(str(written), highlight=False, markup=False)
 
 
 def _checkpoints_folder(run: Path) -> Path:

@@ -1,0 +1,256 @@
+"""Published weights become runs that are sampled, trained and exported like any other."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flows.errors import UserError
+from launch.commands.checkpoint import FORMATS, app
+from trainer.checkpoints.contents import checkpoint_in, read_tensors
+from trainer.checkpoints.foreign import SOURCES, convert
+from trainer.checkpoints.manifest import read_manifest
+from trainer.interchange import export_run, import_run
+from trainer.recipe import load_recipe
+from trainer.run_folder import open_run
+from trainer.sampling import sample_checkpoint, with_overrides
+
+from . import runs
+from .references import dit as reference
+from .references.parts import State, random_state
+from .test_foreign_dit import lightning, repa, sit
+from .test_foreign_flows import jet, starflow, tarflow
+from .test_foreign_flux import flux
+
+# What files of these formats leave out.
+FACTS = {
+    "ml-tarflow": [],
+    "ml-starflow": ["data.image_size=4", "data.text.tokens=6"],
+    "sit": ["model.heads=4"],
+    "dit": ["model.heads=4"],
+    "repa": ["model.heads=2", "model.align_depth=1"],
+    "lightningdit": [],
+    "flux": ["data.image_size=8", "data.text.tokens=5"],
+    "jet": [],
+}
+STATES = {
+    "ml-tarflow": tarflow,
+    "ml-starflow": starflow,
+    "sit": sit,
+    "dit": sit,
+    "repa": repa,
+    "lightningdit": lightning,
+    "flux": flux,
+    "jet": jet,
+}
+
+
+def on_digits() -> State:
+    """A SiT for the 8x8 digits, with two outputs for one channel."""
+    shapes = reference.shapes(
+        tokens=16, width=32, patch=2, channels=1, outputs=2, classes=10, depth=2
+    )
+    return random_state(shapes, seed=1) | {"pos_embed": reference.table(4, 32)}
+
+
+def written(folder: Path, state: State, **beside: object) -> Path:
+    path = folder / "weights.pt"
+    torch.save({"ema": state, **beside} if beside else state, path)
+    return path
+
+
+def imported(folder: Path, *changes: str) -> Path:
+    """A run of `on_digits`, whose raw weights are one more than its averages."""
+    raw = {n: v if n == "pos_embed" else v + 1 for n, v in on_digits().items()}
+    args = argparse.Namespace(model="SiT")
+    file = written(folder, on_digits(), model=raw, opt={}, args=args)
+    import_run(file, "sit", folder / "run", None, ["model.heads=2", *changes])
+    return folder / "run"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_a_file_becomes_a_run_and_the_run_the_file(source: str, tmp_path: Path) -> None:
+    state = STATES[source]()
+    save_file(state, tmp_path / "file.safetensors")
+    options = ["--from", source, "--run", tmp_path / "a"]
+    made = run("import", tmp_path / "file.safetensors", *FACTS[source], *options)
+    assert made.exit_code == 0, made.exception
+    _, recipe = open_run(str(tmp_path / "a"))
+    assert recipe.model.family == SOURCES[source].family.name
+    done = run("export", tmp_path / "a", tmp_path / "back.safetensors", "--as", source)
+    assert done.exit_code == 0, done.exception
+    back = load_file(tmp_path / "back.safetensors")
+    tables = {name for name in state if name.startswith("feat_rope.")}  # see their own test
+    assert back.keys() == state.keys()
+    assert [n for n in state.keys() - tables if not torch.equal(back[n], state[n])] == []
+
+
+def test_every_format_is_offered() -> None:
+    assert set(FORMATS) == SOURCES.keys()
+
+
+def test_a_jet_comes_from_numpy_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "jet.npz", **{name: value.numpy() for name, value in jet().items()})
+    made = import_run(tmp_path / "jet.npz", "jet", tmp_path / "run", None, [])
+    checkpoint = checkpoint_in(tmp_path / "run")
+    orders = {f"buffer.order_{index}": f"order_{index}" for index in range(7)}
+    _, ours = convert(jet(), source="jet")
+    found = read_tensors(checkpoint, orders)
+    assert all(torch.equal(found[name], ours[name]) for name in found)
+    drawn = sample_checkpoint(made.run, made.recipe, 2)
+    assert drawn.images.shape == (2, 3, 8, 8)
+
+
+def test_the_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    checkpoint = checkpoint_in(imported(tmp_path))
+    names = {"model.patches.bias": "raw", "ema.0.9999.patches.bias": "ema"}
+    for value in read_tensors(checkpoint, names).values():
+        assert torch.equal(value, on_digits()["x_embedder.proj.bias"])
+    import_run(tmp_path / "weights.pt", "sit", tmp_path / "raw", "raw", ["model.heads=2"])
+    raw = read_tensors(checkpoint_in(tmp_path / "raw"), names)["raw"]
+    assert torch.equal(raw, on_digits()["x_embedder.proj.bias"] + 1)
+    origin = read_manifest(checkpoint).state["imported"]
+    assert origin["source"] == "sit"
+    assert "from" in run("inspect", checkpoint).output
+
+
+def test_the_recipe_describes_the_model_and_takes_any_change(tmp_path: Path) -> None:
+    folder = imported(tmp_path, "name=mine", "train.batch=16", "sample.guidance=2")
+    _, recipe = open_run(str(folder))
+    assert (recipe.name, recipe.train.batch, recipe.sample.guidance) == ("mine", 16, 2.0)
+    assert (recipe.data.image_size, recipe.data.channels, recipe.data.classes) == (8, 1, 10)
+    assert recipe.model.own_keys()["learn_sigma"] is True
+    save_file(sit(), tmp_path / "dit.safetensors")
+    import_run(tmp_path / "dit.safetensors", "dit", tmp_path / "dit", None, ["model.heads=4"])
+    _, recipe = open_run(str(tmp_path / "dit"))
+    described = recipe.model_dump()
+    assert described["objective"]["path"] == "vp"
+    assert described["objective"]["prediction"] == "noise"
+    assert described["data"]["latents"] is True
+
+
+def test_an_imported_run_is_sampled_and_trained(tmp_path: Path) -> None:
+    """Training begins at its weights, with an optimizer of its own, and goes on from there."""
+    folder = imported(tmp_path, "train.batch=16", "train.ema=[0.5]", "data.window=16")
+    made, recipe = open_run(str(folder))
+    drawn = sample_checkpoint(made, with_overrides(recipe, ["sample.steps=2"]), 3)
+    assert drawn.step == 0
+    assert drawn.images.shape == (3, 1, 8, 8)
+    changes = [
+        "data.train=embedded:digits8/train-{000000..000001}.tar",
+        "tracking.mlflow=false",
+        "optimizer.lr=1e-12",
+        "data.decoder=pillow",
+        "checkpoint.every=1",
+    ]
+    again = load_recipe(str(folder / "recipe.yaml"), [*changes, "train.steps=1"])
+    assert runs.train_here(again).steps == 1
+    after = read_tensors(checkpoint_in(folder, 1), {"model.patches.bias": "now"})["now"]
+    # A step of 1e-12 moves nothing that float32 can tell from weights of 0.1.
+    assert torch.equal(after, on_digits()["x_embedder.proj.bias"])
+    longer = load_recipe(str(folder / "recipe.yaml"), [*changes, "train.steps=2"])
+    assert runs.train_here(longer).steps == 2
+    assert [line["step"] for line in runs.lines(folder)] == [1, 2]
+    with pytest.raises(UserError, match=r"model\.width was 32 and is now 64"):
+        runs.train_here(load_recipe(str(folder / "recipe.yaml"), [*changes, "model.width=64"]))
+
+
+def test_exports_are_averaged_or_raw_and_of_any_step(tmp_path: Path) -> None:
+    folder = runs.recipe(tmp_path / "run", "train.steps=2", "checkpoint.every=1")
+    runs.train_here(folder)
+    found = {}
+    for weights in ("ema", "raw"):
+        for step in (1, 2):
+            out = tmp_path / f"{weights}{step}.safetensors"
+            told = run("export", tmp_path / "run", out, "--weights", weights, "--step", step)
+            assert told.exit_code == 0, told.exception
+            found[weights, step] = load_file(out)
+    prefix = {"ema": "ema.0.5.", "raw": "model."}
+    for (weights, step), state in found.items():
+        names = {f"{prefix[weights]}{name}": name for name in state}
+        checkpoint = checkpoint_in(tmp_path / "run", step)
+        kept = read_tensors(checkpoint, names)
+        assert all(torch.equal(kept[name], state[name]) for name in state)
+        total = sum(n.startswith(prefix[weights]) for n in read_manifest(checkpoint).tensors)
+        assert total == len(state)
+    with safe_open(tmp_path / "ema2.safetensors", framework="pt") as file:
+        about = file.metadata()
+    assert (about["step"], about["weights"]) == ("2", "ema")
+    assert json.loads(about["model"])["width"] == 32
+
+
+def test_half_precision_and_diffusers(tmp_path: Path) -> None:
+    folder = imported(tmp_path)
+    out = tmp_path / "half.safetensors"
+    export_run(folder, out, target="sit", weights="ema", precision="bf16", step=None)
+    half = load_file(out)
+    assert all(torch.equal(half[n], value.bfloat16()) for n, value in on_digits().items())
+    told = run("export", folder, tmp_path / "diffusers", "--as", "diffusers")
+    assert told.exit_code == 0, told.exception
+    settings = json.loads((tmp_path / "diffusers" / "config.json").read_text())
+    assert settings["_class_name"] == "DiTTransformer2DModel"
+    assert (tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "sentence"),
+    [
+        ([], "sit", r"weights\.pt: model\.heads does not follow"),
+        (["model.heads=many"], "sit", r"model\.heads = 'many'"),
+        (["model.heads=2", "model.colour=red"], "sit", r"model\.colour"),
+        (["model.heads=2", "train.batch"], "sit", r"'train\.batch' is not section\.key=value"),
+        (["model.heads=2", "train.steps=-1"], "sit", r"train\.steps"),
+        (["model.heads=2"], "png", "there is no format 'png'"),
+        (["model.heads=2"], "dit-moe", "no model here has experts"),
+    ],
+)
+def test_what_cannot_be_imported_leaves_nothing(changes, source, sentence, tmp_path: Path) -> None:
+    file = written(tmp_path, on_digits())
+    with pytest.raises(UserError, match=sentence):
+        import_run(file, source, tmp_path / "run", None, changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    folder = imported(tmp_path)
+    with pytest.raises(UserError, match="exists already; choose another folder"):
+        import_run(tmp_path / "weights.pt", "sit", folder, None, ["model.heads=2"])
+
+
+def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+    folder = imported(tmp_path, "train.ema=[]")
+
+    def export(out: Path, **options: object) -> None:
+        given = {"target": "flowmill", "weights": "raw", "precision": "fp32", "step": None}
+        export_run(folder, out, **{**given, **options})
+
+    out = tmp_path / "out.safetensors"
+    cases = [
+        (out, {"weights": "ema"}, "has no averaged weights"),
+        (out, {"target": "png"}, "there is no format 'png'"),
+        (out, {"target": "flux"}, "a DiTConfig is no model of the family mmdit"),
+        (out, {"step": 7}, "has no checkpoint of step 7; there is 0"),
+        (tmp_path / "out.pt", {}, r"out\.pt is not the name of a \.safetensors file"),
+        (tmp_path / "no" / "out.safetensors", {}, "there is no folder"),
+        (tmp_path / "weights.pt", {}, "exists already; give another name"),
+    ]
+    for path, options, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            export(path, **options)
+    shard = checkpoint_in(folder) / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        export(out)
+    assert not out.exists()
