@@ -153,7 +153,7 @@ def _check(user: Json, decided: Json, where: str) -> None:
     """Raises UserError for the first key that says what is not so, or what is not supported."""
     for key, value in _leaves(user):
         refused = next((name for name in REFUSED if f"{key}.".startswith(f"{name}.")), None)
-        if refused is not None and value not in (False, None, "auto", 1):
+        if refused is not None and not _off(value):
             raise UserError(f"{where}: {key} is not followed; drop it: {REFUSED[refused]}.")
         known = _at(decided, key)
         if value == "auto" or known is None or value == known:
@@ -166,6 +166,12 @@ def _check(user: Json, decided: Json, where: str) -> None:
         raise UserError(
             f'{where}: {key} = {json.dumps(value)}, and flowmill needs {json.dumps(known)}; write "auto".'
         )
+
+
+def _off(value: Any) -> bool:
+    """Whether a value says that a thing is not wanted: sizes of 1 and below mean one rank, or none."""
+    few = isinstance(value, int) and not isinstance(value, bool) and value <= 1
+    return value in (False, None, "auto") or few
 
 
 def _leaves(value: Json, inside: str = "") -> Iterator[tuple[str, Any]]:
