@@ -180,14 +180,13 @@ def _prepare(
     """The order of things is that of `parallel.parallelize`; only the wrapping is Accelerate's."""
     described = cast(FlowModel, model)
     rules, names = rules_of(described), [name for name, _ in model.named_parameters()]
-    block = type(described.blocks[0]).__name__
+    plugins = {}
+    if kind == "fsdp":
+        plugins["fsdp_plugin"] = _fsdp_plugin(model, precision, reshard_after_forward)
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
         for one in described.blocks:
             one.compile(fullgraph=True)
-    plugins = {}
-    if kind == "fsdp":
-        plugins["fsdp_plugin"] = _fsdp_plugin(block, precision, reshard_after_forward)
     accelerator = _accelerator(kind, device, plugins)
     if kind == "fsdp":
         # Cut on the meta device, which Accelerate's own way, of a model and its optimizer, is not for.
@@ -223,15 +222,22 @@ def _accelerator(kind: Kind, device: torch.device, plugins: Mapping[str, Any]) -
     return made
 
 
-def _fsdp_plugin(block: str, precision: Precision, reshard_after_forward: bool) -> Any:
+def _fsdp_plugin(model: nn.Module, precision: Precision, reshard_after_forward: bool) -> Any:
     """The config's plugin; where there is none, and where it names no class, our blocks are the units."""
+    block = type(cast(FlowModel, model).blocks[0]).__name__
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or block
+    named = (os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or block).split(",")
+    known = {type(module).__name__ for module in model.modules()}
+    if absent := [name for name in named if name not in known]:
+        raise UserError(
+            f"{CONFIG} has fsdp_transformer_layer_cls_to_wrap = {absent[0]}, and the model has no such "
+            f"class; leave it empty, or name its blocks, {block}."
+        )
     return import_module("accelerate").FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=reshard_after_forward,
         mixed_precision_policy=gather_policy(precision),
-        transformer_cls_names_to_wrap=named.split(","),
+        transformer_cls_names_to_wrap=named,
         cpu_ram_efficient_loading=False,  # no rank ever holds the whole model
     )
 

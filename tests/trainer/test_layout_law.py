@@ -27,10 +27,27 @@ LAYOUTS = {
     "hsdp 2x2": (4, ["parallel.strategy=hsdp", "parallel.replicate=2"]),
     "ddp x2": (2, ["parallel.strategy=ddp"]),
     "fsdp x2": (2, ["parallel.strategy=fsdp"]),
+    "zero-3 x2": (2, ["parallel.engine=deepspeed", "parallel.deepspeed.stage=3"]),
+    "accelerate fsdp x2": (2, ["parallel.engine=accelerate"]),
     "accumulated": (1, ["train.microbatch=5"]),
     "recomputed": (1, ["train.checkpoint_activations=1"]),
 }
 MORE_LAYOUTS = {
+    **{
+        f"zero-{stage} x2": (2, ["parallel.engine=deepspeed", f"parallel.deepspeed.stage={stage}"])
+        for stage in (0, 1, 2)
+    },
+    "zero-3 x2 on the host accumulated recomputed": (
+        2,
+        [
+            "parallel.engine=deepspeed",
+            "parallel.deepspeed={stage: 3, offload_optimizer: true, offload_parameters: true}",
+            "train.microbatch=3",
+            "train.checkpoint_activations=1",
+        ],
+    ),
+    "zero-1 x4": (4, ["parallel.engine=deepspeed", "parallel.deepspeed.stage=1"]),
+    "accelerate ddp x2": (2, ["parallel.engine=accelerate", "parallel.strategy=ddp"]),
     "fsdp x1": (1, ["parallel.strategy=fsdp"]),
     "fsdp x2 accumulated recomputed": (2, ["train.microbatch=3", "train.checkpoint_activations=2"]),
     "fsdp x2 kept": (2, ["parallel.reshard_after_forward=false"]),
@@ -120,6 +137,7 @@ def test_checkpoints_were_written_by_the_layouts_they_name(folders, one):
         "hsdp 2x2": ("4 ranks", "replicate=2", "shard=2"),
         "ddp x2": ("2 ranks",),
         "fsdp x2": ("2 ranks", "shard=2"),
+        "zero-3 x2": ("2 ranks, cut flat",),
     }.items():
         assert all(degree in written[name] for degree in degrees), written[name]
     assert runs.manifests(one)[STEPS].layout == written["accumulated"] == "1 rank"
