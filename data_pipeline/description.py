@@ -47,9 +47,10 @@ class Latents(Record):
 
 
 class Texts(Record):
-    """What the `.text.npy` members are: (tokens, width) last hidden states of a text encoder.
+    """What the `.text.npy` members are: (tokens, width) last hidden states of a text encoder, or its words.
 
     encoder: hash of its configuration, weights and tokenizer
+    kind: t5, clip or hashed
     pooled: width of the `.pooled.npy` members, where the encoder gives one vector a caption
     """
 

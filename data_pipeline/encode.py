@@ -32,7 +32,7 @@ from data_pipeline.description import (
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Done, Job, Settings
 from data_pipeline.encoders.shard import encode_shard
-from data_pipeline.encoders.texts import TextEncoder
+from data_pipeline.encoders.texts import open_text_encoder
 from data_pipeline.index import look_at, signature_of
 from data_pipeline.moments import Moments
 from data_pipeline.shards import expand
@@ -49,7 +49,7 @@ def open_job(
     settings: Settings,
     *,
     autoencoder: Path | None,
-    text: Path | None,
+    text: str | None,
     threads: int,
     batch: int,
     skip_bad: bool,
@@ -57,7 +57,7 @@ def open_job(
 ) -> Job:
     """Everything loaded that a job needs; the shards are those of all patterns.
 
-    autoencoder, text: local folders of the networks, at least one
+    autoencoder: local folder of the network; text: see `open_text_encoder`; at least one
 
     Raises UserError for a network that cannot be loaded, or a size that it does not encode.
     """
@@ -78,7 +78,7 @@ def open_job(
         )  # fmt: skip
         settings = settings.model_copy(update={"decoder": decoder.name})
     if text is not None:
-        captions = TextEncoder(
+        captions = open_text_encoder(
             text, max_tokens=settings.max_tokens, precision=settings.precision, device=device
         )
     return Job(sources, out.rstrip("/"), settings, images, captions, decoder, batch, skip_bad)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode.images import BadImages
+from data_pipeline.texts import Words
 from flows.errors import UserError
 
 T = TypeVar("T")
@@ -46,12 +47,14 @@ class Found:
     url, key: of its shard, and its own
     image: the bytes of its image file
     label: its class
+    words: its embedded caption, where captions are read
     """
 
     url: str
     key: str
     image: bytes
     label: int
+    words: Words | None
 
     @property
     def name(self) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 from data_pipeline.index import ShardIndex, look_at, open_index, signature_of
 from data_pipeline.npy import read_npz
 from data_pipeline.order import Int64
-from data_pipeline.reader import RangeReader
-from data_pipeline.samples import LABEL, Samples, member_range, parse_label
+from data_pipeline.reader import Range, RangeReader
+from data_pipeline.samples import LABEL, Samples, find_one, parse_label
 from data_pipeline.storage import resolve
 from flows.errors import UserError
 
@@ -129,15 +129,16 @@ def _contents(
     index: ShardIndex, rows: range, extension: str, reader: RangeReader, tolerant: bool
 ) -> Sequence[bytes | None]:
     """That member of each sample; None for a label that is not there and need not be."""
-    column = index.column(extension)
-    there = [row for row in rows if column is not None and index.offsets[row, column] >= 0]
+    members = find_one(index, (extension,))
+    there = [row for row in rows if members.offsets[row] >= 0]
     if len(there) < len(rows) and not (tolerant and extension == LABEL):
         row = min(set(rows).difference(there))
         raise UserError(
             f"{index.url}: sample {index.keys[row]} has no .{extension}, which data.keep looks "
             "into; pack the shard again or keep by other fields"
         )
-    texts = reader.read([member_range(index, row, (extension,)) for row in there])
+    places = [(int(members.offsets[row]), int(members.sizes[row])) for row in there]
+    texts = reader.read([Range(index.url, offset, size) for offset, size in places])
     found = dict(zip(there, texts, strict=True))
     return [found.get(row) for row in rows]
 

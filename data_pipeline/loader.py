@@ -29,6 +29,8 @@ from flows.errors import UserError
 
 # Batches whose bytes are on their way while this one is decoded. Remote neighbours come in one request.
 LOOKAHEAD = 4
+# While the pixels of one batch are finished, the next one is decoded.
+DECODED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,22 @@ class Share:
             # A new thread begins on device 0, whichever device this rank has.
             torch.cuda.set_device(self.device)
         image = read.rows.apply(partial(self._decode, read))
-        labels = torch.tensor([one.label for one in read.rows.samples])
-        parts = [image, labels, read.positions]
-        if self.device.type == "cuda":
-            parts = [
-                part if part.is_cuda or part.is_pinned() else part.pin_memory() for part in parts
-            ]
-        return Loaded(Batch(parts[0], parts[1], parts[2]), read.rows.bad)
+        samples = read.rows.samples
+        labels = torch.tensor([one.label for one in samples])
+        extras = {}
+        if self.stream.text is not None:
+            words = [one.words for one in samples if one.words is not None]
+            extras["text"] = self._pinned(self.stream.text.stack(words))
+        batch = Batch(
+            self._pinned(image), self._pinned(labels), self._pinned(read.positions), extras
+        )
+        return Loaded(batch, read.rows.bad)
+
+    def _pinned(self, part: Tensor) -> Tensor:
+        """Where a CUDA device copies from without waiting."""
+        if self.device.type != "cuda" or part.is_cuda or part.is_pinned():
+            return part
+        return part.pin_memory()
 
     def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
         """As the stream does, for the thread that reads and for the one that decodes."""
@@ -173,9 +184,11 @@ class Ahead:
 
     def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
         starts = itertools.count(start, share.batch)
-        self.reading = Stage(lambda: share.read(next(starts)), depth=prefetch, name="reader")
+        self.reading = Stage(
+            partial(next, starts), share.read, depth=prefetch, workers=1, name="reader"
+        )
         self.decoding = Stage(
-            lambda: share.decode(self.reading.take()), depth=prefetch, name="decoder"
+            self.reading.take, share.decode, depth=prefetch, workers=DECODED_AT_ONCE, name="decoder"
         )
         # DALI too takes itself down when the interpreter ends, after what was registered later.
         atexit.register(self.stop)

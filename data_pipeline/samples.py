@@ -1,7 +1,9 @@
 """The samples of a few shards by (shard, sample): their keys, encoded images and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,17 +11,33 @@ from numpy.typing import NDArray
 from data_pipeline.catalog import Summary
 from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
 from data_pipeline.index import IMAGES, ShardIndex
-from data_pipeline.indexes import Indexes
+from data_pipeline.indexes import KEPT_INDEXES, Indexes
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import address, find, search, short_names
 from data_pipeline.storage import resolve
+from data_pipeline.texts import TextMember
 from flows.errors import UserError
 
 Int64 = NDArray[np.int64]
 
 LABEL = "cls"
-# What a sample consists of: one member of each kind.
-MEMBERS = (("image", IMAGES), ("label", (LABEL,)))
+
+
+class Kind(NamedTuple):
+    """A member that every sample has one of.
+
+    what: what messages call it; extensions: any of these; remedy: what to do where there is none
+    """
+
+    what: str
+    extensions: tuple[str, ...]
+    remedy: str
+
+
+IMAGE_AND_LABEL = (
+    Kind("image", IMAGES, "pack the shard again"),
+    Kind("label", (LABEL,), "pack the shard again"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +61,24 @@ class Samples:
     past: the same, as a run that begins now has to remember it, with the shards left out
     classes: labels are below this; None: any label that is not negative
     tolerate: which faults are left for later, or left out; None: none
+    text: the embedded captions that samples have, too; None: they are not read
 
-    Raises UserError if a shard is missing or unsafe, or a sample lacks its image or label.
+    Raises UserError if a shard is missing or unsafe, or a sample lacks its image, label or text.
     """
 
     def __init__(
-        self, pattern: str, *, classes: int | None, tolerate: Tolerance | None = None
+        self,
+        pattern: str,
+        *,
+        classes: int | None,
+        tolerate: Tolerance | None = None,
+        text: TextMember | None = None,
     ) -> None:
         self.classes = classes
         self.tolerate = tolerate
+        self.text = text
+        self._kinds = IMAGE_AND_LABEL if text is None else (*IMAGE_AND_LABEL, _kind_of(text))
+        self._tables = lru_cache(KEPT_INDEXES)(self._read_table)
         strict = tolerate is None or tolerate.strict
         self._open(pattern, strict)
         self._reader = RangeReader()
@@ -90,13 +117,16 @@ class Samples:
             for place in places
         ]
 
+    def is_remote(self, shard: int) -> bool:
+        return not resolve(self.urls[shard]).local
+
     def index(self, url: str) -> ShardIndex:
         """Where the samples of one of the shards lie; raises UserError if it has gone or changed."""
         return self._indexes[url]
 
     def expect(self, shard: Int64, sample: Int64) -> None:
         """Name samples that will be asked for soon."""
-        remote = [not resolve(self.urls[number]).local for number in shard.tolist()]
+        remote = [self.is_remote(number) for number in shard.tolist()]
         shard, sample = shard[remote], sample[remote]
         self._indexes.load([self.urls[number] for number in np.unique(shard).tolist()])
         places = [self._place(s, n) for s, n in zip(shard.tolist(), sample.tolist(), strict=True)]
@@ -153,40 +183,41 @@ class Samples:
         summary = self._indexes.summaries[url]
         if isinstance(summary, UserError):
             raise summary
-        kinds = [sum(e in summary.extensions for e in extensions) for _, extensions in MEMBERS]
-        if (summary.uniform and set(kinds) == {1}) or summary.samples == 0:
+        counts = [sum(e in summary.extensions for e in kind.extensions) for kind in self._kinds]
+        if (summary.uniform and set(counts) == {1}) or summary.samples == 0:
             return
         index = self._indexes[url]
-        for what, extensions in MEMBERS:
-            columns = [c for e in extensions if (c := index.column(e)) is not None]
-            count = (index.offsets[:, columns] >= 0).sum(axis=1)
-            if (wrong := np.flatnonzero(count != 1)).size:
-                raise _incomplete(index, int(wrong[0]), what, extensions, int(count[wrong[0]]))
+        for kind in self._kinds:
+            if (wrong := np.flatnonzero(find_one(index, kind.extensions).offsets < 0)).size:
+                raise _incomplete(index, int(wrong[0]), kind)
 
     def _place(self, shard: int, sample: int) -> "_Place | BadSample":
         url = self.urls[shard]
         try:
-            index = self._indexes[url]
+            index, tables = self._tables(url)
         except UserError as error:
             return BadSample(str(error), url=url, key=None)
-        try:
-            members = [_member(index, sample, what, extensions) for what, extensions in MEMBERS]
-        except BadSample as error:
-            return error
+        members = []
+        for kind, table in zip(self._kinds, tables, strict=True):
+            if (offset := int(table.offsets[sample])) < 0:
+                return _incomplete(index, sample, kind)
+            members.append(Range(url, offset, int(table.sizes[sample])))
         return _Place(url, str(index.keys[sample]), members)
 
+    def _read_table(self, url: str) -> "tuple[ShardIndex, list[Members]]":
+        """Where the members of a shard's samples lie; raises UserError as its index does."""
+        index = self._indexes[url]
+        return index, [find_one(index, kind.extensions) for kind in self._kinds]
+
     def _compose(self, place: "_Place", contents: Sequence[bytes | UserError]) -> Found | BadSample:
-        image, text = contents
-        for content in contents:
-            if isinstance(content, UserError):
-                return BadSample(str(content), url=place.url, key=place.key)
-        assert isinstance(image, bytes)
-        assert isinstance(text, bytes)
         try:
-            label = parse_label(text, f"{place.url}: sample {place.key}", self.classes)
+            image, label, *texts = _raise_first(contents)
+            name = f"{place.url}: sample {place.key}"
+            number = parse_label(label, name, self.classes)
+            words = self.text.read(texts[0], name) if self.text else None
         except UserError as error:
             return BadSample(str(error), url=place.url, key=place.key)
-        return Found(place.url, place.key, image, label)
+        return Found(place.url, place.key, image, number, words)
 
 
 def whole(samples: Sequence[Found | BadSample]) -> Encoded:
@@ -209,27 +240,39 @@ class _Place:
     members: list[Range]
 
 
-def member_range(index: ShardIndex, sample: int, extensions: Sequence[str]) -> Range:
-    """Where the sample's one member with one of these extensions lies; raises KeyError without one."""
-    columns = _columns(index, sample, extensions)
-    if len(columns) != 1:
-        raise KeyError(f"{index.url}: sample {index.keys[sample]} has not one of {extensions}")
-    offset, size = index.offsets[sample, columns[0]], index.sizes[sample, columns[0]]
-    return Range(index.url, int(offset), int(size))
+class Members(NamedTuple):
+    """One member of each sample of a shard: (samples,) its offset, -1 where there is none, and size."""
+
+    offsets: Int64
+    sizes: Int64
 
 
-def _member(index: ShardIndex, sample: int, what: str, extensions: Sequence[str]) -> Range:
-    """As `member_range`; raises BadSample, which calls such a member `what`, without one."""
-    try:
-        return member_range(index, sample, extensions)
-    except KeyError:
-        count = len(_columns(index, sample, extensions))
-        raise _incomplete(index, sample, what, extensions, count) from None
+def find_one(index: ShardIndex, extensions: Sequence[str]) -> Members:
+    """Each sample's one member with any of these extensions; a sample with several has none."""
+    columns = _columns(index, extensions)
+    if len(columns) == 1:
+        # Views: what is in use of a large data set's indexes is not held twice.
+        return Members(index.offsets[:, columns[0]], index.sizes[:, columns[0]])
+    one = (index.offsets[:, columns] >= 0).sum(axis=1) == 1
+    offsets = index.offsets[:, columns].max(axis=1, initial=-1)
+    return Members(np.where(one, offsets, -1), index.sizes[:, columns].sum(axis=1))
 
 
-def _columns(index: ShardIndex, sample: int, extensions: Sequence[str]) -> list[int]:
-    columns = [c for e in extensions if (c := index.column(e)) is not None]
-    return [c for c in columns if index.offsets[sample, c] >= 0]
+def _columns(index: ShardIndex, extensions: Sequence[str]) -> list[int]:
+    return [column for e in extensions if (column := index.column(e)) is not None]
+
+
+def _kind_of(text: TextMember) -> Kind:
+    return Kind("text", (text.member,), "embed its captions by flowmill data encode --text")
+
+
+def _raise_first(contents: Iterable[bytes | UserError]) -> list[bytes]:
+    read = []
+    for content in contents:
+        if isinstance(content, UserError):
+            raise content
+        read.append(content)
+    return read
 
 
 def parse_label(text: bytes, name: str, classes: int | None) -> int:
@@ -265,14 +308,13 @@ def _refuse(shard: PastShard, found: Summary | UserError) -> None:
         )
 
 
-def _incomplete(
-    index: ShardIndex, sample: int, what: str, extensions: Sequence[str], count: int
-) -> BadSample:
+def _incomplete(index: ShardIndex, sample: int, kind: Kind) -> BadSample:
     key = str(index.keys[sample])
-    named = " or ".join(f".{extension}" for extension in extensions)
+    count = int((index.offsets[sample, _columns(index, kind.extensions)] >= 0).sum())
+    named = " or ".join(f".{extension}" for extension in kind.extensions)
     return BadSample(
-        f"{index.url}: sample {key} has {count or 'no'} {what} members ({named}) and needs "
-        "exactly one; pack the shard again",
+        f"{index.url}: sample {key} has {count or 'no'} {kind.what} members ({named}) and needs "
+        f"exactly one; {kind.remedy}",
         url=index.url,
         key=key,
     )

@@ -14,6 +14,7 @@ from data_pipeline.keep import Keep, Kept, open_kept
 from data_pipeline.mixture import Located, MixedOrder
 from data_pipeline.order import Int64
 from data_pipeline.samples import Encoded, Samples, whole
+from data_pipeline.texts import TextMember
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,16 @@ class DataSet:
 
 
 def open_set(
-    pattern: str, weight: float, *, keep: Keep, classes: int | None, tolerate: Tolerance
+    pattern: str,
+    weight: float,
+    *,
+    keep: Keep,
+    classes: int | None,
+    tolerate: Tolerance,
+    text: TextMember | None = None,
 ) -> DataSet:
     """The samples of some shards that pass the filter; see `open_stream`."""
-    contents = Samples(pattern, classes=classes, tolerate=tolerate)
+    contents = Samples(pattern, classes=classes, tolerate=tolerate, text=text)
     kept = open_kept(contents, keep, pattern) if keep else None
     return DataSet(contents, kept, weight)
 
@@ -54,18 +61,30 @@ class Stream:
     epochs: samples in an epoch of each
     samples: in an epoch of all together
     tolerate: which faults of theirs to live with
+    text: the embedded captions that samples come with; None: without
     fingerprint: names what the order depends on; equal fingerprints mean equal orders
     """
 
     def __init__(
-        self, sets: Sequence[DataSet], tolerate: Tolerance, *, seed: int, lanes: int, window: int
+        self,
+        sets: Sequence[DataSet],
+        tolerate: Tolerance,
+        *,
+        seed: int,
+        lanes: int,
+        window: int,
+        text: TextMember | None,
     ) -> None:
         self.sets = tuple(sets)
         self.tolerate = tolerate
+        self.text = text
         sizes, weights = [one.sizes for one in sets], [one.weight for one in sets]
         self.order = MixedOrder(sizes, weights, seed=seed, lanes=lanes, window=window)
         self.epochs = [order.samples for order in self.order.orders]
         self.samples = sum(self.epochs)
+        self._remote = any(
+            one.contents.is_remote(shard) for one in sets for shard in range(len(one.contents.urls))
+        )
         facts = [
             (
                 list(zip(one.contents.names, one.contents.sizes, strict=True)),
@@ -74,8 +93,8 @@ class Stream:
             for one in sets
         ]
         proportions = self.order.mixture.weights.tolist()
-        text = repr((facts, proportions, seed, lanes, window)).encode()
-        self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
+        named = repr((facts, proportions, seed, lanes, window)).encode()
+        self.fingerprint = hashlib.sha256(named).hexdigest()[:16]
 
     def keys(self, positions: Tensor) -> list[str]:
         """`SHARD/KEY` of the samples at (batch,) positions; of several sets, `SET:SHARD/KEY`."""
@@ -107,6 +126,9 @@ class Stream:
 
     def expect(self, positions: Tensor) -> None:
         """Name (batch,) positions that will be asked for soon."""
+        # Local shards have nothing to ask for beforehand, and finding the samples twice costs time.
+        if not self._remote:
+            return
         located = self.locate(positions)
         for one, mine in self._by_set(located):
             one.contents.expect(located.shard[mine], located.sample[mine])
@@ -172,18 +194,22 @@ def open_stream(
     lanes: int,
     window: int,
     tolerate: Tolerance | None = None,
+    text: TextMember | None = None,
 ) -> Stream:
     """The stream over shards, by pattern and weight.
 
     keep: see `open_kept`; empty: every sample
     tolerate: which faults to live with; None: none
+    text: the embedded captions that every sample has; None: they are not read
 
-    Raises UserError if a shard is missing, unsafe, or holds a sample without image or label, if
+    Raises UserError if a shard is missing, unsafe, or holds a sample without image, label or text, if
     weights are too fine, or if nothing of a data set is kept.
     """
     tolerate = tolerate or Tolerance(0.0, None, None)
     sets = [
-        open_set(pattern, weight, keep=keep, classes=classes, tolerate=tolerate.of_set(number))
+        open_set(
+            pattern, weight, keep=keep, classes=classes, tolerate=tolerate.of_set(number), text=text
+        )
         for number, (pattern, weight) in enumerate(sources)
     ]
-    return Stream(sets, tolerate, seed=seed, lanes=lanes, window=window)
+    return Stream(sets, tolerate, seed=seed, lanes=lanes, window=window, text=text)

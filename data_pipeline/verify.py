@@ -197,7 +197,7 @@ def _fits(member: str, shape: tuple[int, ...], about: Description) -> bool:
         return False
     if member == POOLED:
         return shape == (texts.pooled,)
-    return len(shape) == 2 and 1 <= shape[0] <= texts.max_tokens and shape[1] == texts.width
+    return len(shape) == 2 and shape[0] <= texts.max_tokens and shape[1] == texts.width
 
 
 def draw_grid(pattern: str, path: Path) -> None:

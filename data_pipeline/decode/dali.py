@@ -1,16 +1,19 @@
 """Decoding with DALI: on the GPU where there is one, else with its CPU decoders.
 
-What is random reaches DALI as numbers, an image at a time: it draws none itself. On the CPU DALI
-decodes the regions that are seen and `finish` does the rest; on a GPU DALI does all of it there.
+What is random reaches DALI as numbers, an image at a time: it draws none itself. On a GPU DALI does
+all of it there. On the CPU it decodes the regions that are seen; where none of them is resized it also
+normalises them, to the same bits, and the batch lies in its memory; else `finish` does the rest, whose
+resizing is the faster one.
 
 Only plain images go to DALI. The others (see `Picture`), and those on which DALI fails, are decoded
 by pillow into the same batch, so what comes out does not depend on the decoder. A pipeline that met
 a bad image is dead and does not say which it was: then each image is tried alone.
 """
 
+import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,17 @@ from data_pipeline.augment import Views
 from data_pipeline.decode.finish import HALF, finish
 from data_pipeline.decode.images import BadImages, Picture, read_pictures
 from data_pipeline.decode.pillow import PillowDecoder
+
+
+class Part(NamedTuple):
+    """Some images of a batch, at `places` in it, as DALI's pipeline hands them over.
+
+    finished: they are what the batch wants; else they are pixels of regions
+    """
+
+    places: Sequence[int]
+    decoded: Any
+    finished: bool
 
 
 class DaliDecoder:
@@ -39,8 +53,10 @@ class DaliDecoder:
         self.redecoded = 0
         self._on_gpu = device.type == "cuda"
         self._pillow = PillowDecoder(channels=channels, threads=threads, pinned=self._on_gpu)
-        self._pipeline: Any = None
+        # finished -> pipeline; one batch at a time.
+        self._pipelines: dict[bool, Any] = {}
         self._largest = 0
+        self._turn = threading.Lock()
         # Copies out of DALI's memory do not queue behind the training step's work.
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
 
@@ -50,9 +66,15 @@ class DaliDecoder:
     def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
         mine = [place for place, picture in enumerate(pictures) if self._takes(picture)]
         with torch.cuda.stream(self._stream):
-            batch = self._empty((len(pictures), self.channels, *views.size))
-            failed = self._fill(batch, pictures, views, mine)
+            with self._turn:
+                parts, failed = self._decode_all(pictures, views, mine)
             others = sorted({*range(len(pictures))}.difference(mine).union(failed))
+            if len(parts) == 1 and parts[0].finished and not others and not self._on_gpu:
+                return from_dlpack(parts[0].decoded.as_tensor())
+            # Only now: by this time the trainer has left the memory of an earlier batch, still cached.
+            batch = self._empty((len(pictures), self.channels, *views.size))
+            for part in parts:
+                self._fill(batch, views, part)
             if others:
                 self._fill_with_pillow(batch, pictures, views, others)
         self._note(pictures, failed)
@@ -61,7 +83,7 @@ class DaliDecoder:
         return batch
 
     def close(self) -> None:
-        self._pipeline = None
+        self._pipelines = {}
         self._pillow.close()
 
     def _takes(self, picture: Picture) -> bool:
@@ -73,32 +95,39 @@ class DaliDecoder:
             return torch.empty(shape, device=self.device)
         return self._pillow.buffers.take(shape)
 
-    def _fill(
-        self, batch: Tensor, pictures: Sequence[Picture], views: Views, places: Sequence[int]
-    ) -> list[int]:
-        """Decode the pictures at `places` into their rows; returns those that DALI cannot decode."""
+    def _decode_all(
+        self, pictures: Sequence[Picture], views: Views, places: Sequence[int]
+    ) -> tuple[list[Part], list[int]]:
+        """What DALI makes of the pictures at `places`, and which of them it cannot decode."""
         if not places:
-            return []
+            return [], []
+        chosen = views[places]
+        finished = self._on_gpu or bool((chosen.region[:, 2:] == chosen.size).all())
         try:
-            decoded = self._run([pictures[place].content for place in places], views[places])
+            decoded = self._run([pictures[place].content for place in places], chosen, finished)
         except RuntimeError:
-            self._pipeline = None
+            del self._pipelines[finished]
             if len(places) == 1:
-                return list(places)
-            return [failed for p in places for failed in self._fill(batch, pictures, views, [p])]
-        if self._on_gpu:
-            self._place(batch, places, from_dlpack(decoded.as_tensor()))
-            return []
+                return [], list(places)
+        else:
+            return [Part(places, decoded, finished)], []
+        alone = [self._decode_all(pictures, views, [place]) for place in places]
+        return [part for parts, _ in alone for part in parts], [p for _, bad in alone for p in bad]
+
+    def _fill(self, batch: Tensor, views: Views, part: Part) -> None:
+        """Write a part into its rows of the batch."""
+        if part.finished:
+            self._place(batch, part.places, from_dlpack(part.decoded.as_tensor()))
+            return
         rows = batch.numpy()
 
         def work(numbers: Sequence[int]) -> None:
             for number in numbers:
-                place = places[number]
+                place = part.places[number]
                 flip = bool(views.flip[place])
-                finish(np.asarray(decoded[number]), flip=flip, row=rows[place])
+                finish(np.asarray(part.decoded[number]), flip=flip, row=rows[place])
 
-        self._pillow.share(work, range(len(places)))
-        return []
+        self._pillow.share(work, range(len(part.places)))
 
     def _fill_with_pillow(
         self, batch: Tensor, pictures: Sequence[Picture], views: Views, places: Sequence[int]
@@ -113,10 +142,11 @@ class DaliDecoder:
         self._place(batch, places, part.to(self.device, non_blocking=True))
 
     def _place(self, batch: Tensor, places: Sequence[int], part: Tensor) -> None:
-        """Copy rows into a batch on the GPU, out of memory that is used again afterwards."""
+        """Copy rows into a batch, out of memory that is used again afterwards."""
         batch[torch.tensor(places, device=self.device)] = part
-        # This waits in the loader's thread, not in the step.
-        torch.cuda.current_stream(self.device).synchronize()
+        if self._on_gpu:
+            # This waits in the loader's thread, not in the step.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _note(self, pictures: Sequence[Picture], failed: Sequence[int]) -> None:
         if failed and not self.redecoded:
@@ -127,9 +157,9 @@ class DaliDecoder:
             )
         self.redecoded += len(failed)
 
-    def _run(self, contents: Sequence[bytes], views: Views) -> Any:
+    def _run(self, contents: Sequence[bytes], views: Views, finished: bool) -> Any:
         """What DALI makes of some images; raises RuntimeError if it fails on any of them."""
-        pipeline = self._pipeline_for(len(contents))
+        pipeline = self._pipeline_for(len(contents), finished)
         # DALI reads these where they lie, until `run` returns.
         encoded = [np.frombuffer(content, np.uint8) for content in contents]
         pipeline.feed_input("encoded", encoded)
@@ -138,23 +168,27 @@ class DaliDecoder:
         if self._on_gpu:
             size = np.array([views.size], np.float32)
             pipeline.feed_input("size", size.repeat(len(contents), 0))
+        if finished:
             pipeline.feed_input("flip", views.flip.astype(np.int32))
         (decoded,) = pipeline.run()
         return decoded
 
-    def _pipeline_for(self, batch: int) -> Any:
+    def _pipeline_for(self, batch: int, finished: bool) -> Any:
         """A pipeline for at most as many images as the largest batch so far."""
-        if self._pipeline is None or batch > self._largest:
-            self._largest = max(batch, self._largest)
-            self._pipeline = build_pipeline(
-                self.device, batch=self._largest, channels=self.channels, threads=self.threads
+        if batch > self._largest:
+            self._largest, self._pipelines = batch, {}
+        if finished not in self._pipelines:
+            self._pipelines[finished] = build_pipeline(
+                self.device, self._largest, self.channels, self.threads, finished=finished
             )
-        return self._pipeline
+        return self._pipelines[finished]
 
 
-def build_pipeline(device: torch.device, *, batch: int, channels: int, threads: int) -> Any:
-    """Regions of images: (height, width, channels) uint8 on the CPU; on a GPU resized, mirrored,
-    normalised (channels, height, width) float32."""
+def build_pipeline(
+    device: torch.device, batch: int, channels: int, threads: int, *, finished: bool
+) -> Any:
+    """Regions of images: (height, width, channels) uint8; or `finished`, mirrored and normalised
+    (channels, height, width) float32, and on a GPU resized before."""
     on_gpu = device.type == "cuda"
     # The loader runs ahead in a thread of its own; DALI needs no queue.
     pipeline = Pipeline(
@@ -179,19 +213,25 @@ def build_pipeline(device: torch.device, *, batch: int, channels: int, threads: 
             # Ranks of a node do not pin their threads to the same cores.
             affine=False,
         )
-        pipeline.set_outputs(_finish_on_gpu(image, channels) if on_gpu else image)
+        if on_gpu:
+            image = _resize(image)
+        pipeline.set_outputs(_normalise(image, channels) if finished else image)
     pipeline.build()
     return pipeline
 
 
-def _finish_on_gpu(image: Any, channels: int) -> Any:
-    """What `finish` does, to within rounding: of DALI's filters the triangle is the same."""
-    image = fn.resize(
+def _resize(image: Any) -> Any:
+    """As `finish` resizes, to within rounding: of DALI's filters the triangle is the same."""
+    return fn.resize(
         image,
         size=fn.external_source(name="size", dtype=types.FLOAT, ndim=1),
         interp_type=types.INTERP_TRIANGULAR,
         subpixel_scale=False,
     )
+
+
+def _normalise(image: Any, channels: int) -> Any:
+    """As `finish` does, to the bit: a number less the mean, which is exact, times the inverse."""
     return fn.crop_mirror_normalize(
         image,
         mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0),

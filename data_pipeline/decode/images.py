@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from data_pipeline.decode.jpeg import END, read_plain
 from flows.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -95,6 +96,15 @@ def read_picture(content: bytes, name: str) -> Picture:
 
     Raises UserError if it is of another format, cut off, animated, too large, or of a kind not read.
     """
+    plain = read_plain(content)
+    if plain is None or plain[0] * plain[1] > MOST_PIXELS:
+        return read_any(content, name)
+    height, width, mode = plain
+    return Picture(content, name, height, width, mode, UPRIGHT, plain=True)
+
+
+def read_any(content: bytes, name: str) -> Picture:
+    """See `read_picture`; by pillow."""
     image = _open(content, name)
     turn = _orientation(image)
     width, height = image.size if turn < FIRST_ON_ITS_SIDE else image.size[::-1]
@@ -177,4 +187,4 @@ def _has_end(image: ImageFile.ImageFile, content: bytes) -> bool:
         return True
     # Only behind the header, as a small picture inside it has such a mark too.
     begin = image.fp.tell() if image.fp else 0
-    return content.rfind(b"\xff\xd9", begin) >= 0
+    return content.rfind(END, begin) >= 0

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from data_pipeline.decode.decoder import Decoder
 from data_pipeline.description import Record, Shard
 from data_pipeline.encoders.autoencoder import Autoencoder
+from data_pipeline.encoders.hashed import HashedWords
 from data_pipeline.encoders.texts import TextEncoder
 
 # Raised whenever the same inputs would give other bytes.
@@ -68,7 +69,7 @@ class Job:
     out: str
     settings: Settings
     autoencoder: Autoencoder | None
-    text: TextEncoder | None
+    text: TextEncoder | HashedWords | None
     decoder: Decoder | None
     batch: int
     skip_bad: bool

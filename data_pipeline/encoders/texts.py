@@ -1,34 +1,21 @@
 """Captions to embeddings, by a T5 or CLIP text encoder of `transformers` from a local folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from data_pipeline.encoders.autoencoder import DTYPES
+from data_pipeline.encoders.embedded import Embedded
+from data_pipeline.encoders.hashed import HashedWords, parse_hashed
 from data_pipeline.encoders.weights import DAMAGE, check_complete, fingerprint, read_config
 from data_pipeline.storing import reason
 from flows.errors import UserError
 
 WHAT = "a T5 or CLIP text encoder with its tokenizer (config.json, *.safetensors, tokenizer files)"
+HASHED = "hashed:"
 KINDS: dict[str, Literal["t5", "clip"]] = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Captions as a model is conditioned on them, float32.
-
-    tokens: (tokens, width) last hidden states of each caption, without padding
-    pooled: (batch, width), one vector a caption, where the encoder has one
-    cut: how many captions were longer than the encoder reads
-    """
-
-    tokens: list[Tensor]
-    pooled: Tensor | None
-    cut: int
 
 
 class TextEncoder:
@@ -86,6 +73,22 @@ class TextEncoder:
         tokens = [row[keep] for row, keep in zip(states, mask.bool().cpu(), strict=True)]
         pooled = None if self.pooled is None else found.pooler_output.float().cpu()
         return Embedded(tokens, pooled, sum(len(ids) > self.max_tokens for ids in whole))
+
+
+def open_text_encoder(
+    name: str,
+    *,
+    max_tokens: int,
+    precision: Literal["fp32", "bf16"],
+    device: torch.device,
+) -> "TextEncoder | HashedWords":
+    """An encoder of captions by name: `hashed:WIDTH`, or the local folder of a network.
+
+    Raises UserError for a width that is none and for a folder without a whole encoder.
+    """
+    if name.startswith(HASHED):
+        return parse_hashed(name, max_tokens=max_tokens)
+    return TextEncoder(Path(name), max_tokens=max_tokens, precision=precision, device=device)
 
 
 def _load(folder: Path, kind: str) -> tuple[Any, Any]:

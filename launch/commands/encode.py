@@ -28,8 +28,12 @@ Out = Annotated[str, typer.Argument(help="Folder or URL of the encoded shards.")
 AutoencoderFolder = Annotated[
     Path | None, typer.Option(help="Local folder of a diffusers AutoencoderKL.")
 ]
-TextFolder = Annotated[
-    Path | None, typer.Option(help="Local folder of a T5 or CLIP text encoder and tokenizer.")
+TextEncoderName = Annotated[
+    str | None,
+    typer.Option(
+        help="Local folder of a T5 or CLIP text encoder and tokenizer; or hashed:WIDTH, a random vector "
+        "a word."
+    ),
 ]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the images to encode; a recipe gives its own.")
@@ -55,7 +59,7 @@ def encode(
     source: Source,
     out: Out,
     autoencoder: AutoencoderFolder = None,
-    text: TextFolder = None,
+    text: TextEncoderName = None,
     image_size: ImageSize = None,
     dtype: Dtype = "float32",
     posterior: Posterior = "mean",
@@ -176,6 +180,8 @@ def _print_summary(out: str, as_json: bool) -> None:
         table.add_row("train with", f"data.train='{out}/...' {keys}")
     if texts is not None:
         table.add_row("text", f"{texts.kind}, width {texts.width}, {texts.dtype}, {cut:,} cut")
+        text = f"{{member: text.npy, tokens: {texts.max_tokens}, width: {texts.width}}}"
+        table.add_row("condition on it with", f"data.text='{text}'")
     table.add_row("samples left out", f"{len(dropped):,}")
     console = Console()
     console.print(table)

@@ -16,6 +16,7 @@ from data_pipeline.augment import Augment, Views, centre_views, draw_views
 from data_pipeline.decode import images
 from data_pipeline.decode.decoder import dali_installed, open_decoder
 from data_pipeline.decode.images import BadImages, read_picture, read_pictures
+from data_pipeline.decode.jpeg import read_plain
 from data_pipeline.samples import Samples
 from flows.errors import UserError
 from tests.data_pipeline.conftest import grey, image_file
@@ -420,6 +421,50 @@ def test_what_dali_alone_cannot_decode_comes_from_pillow():
         assert torch.equal(decoder.decode(pictures, views), want)
     assert decoder.redecoded == 2
     decoder.close()
+
+
+def jpeg_kinds():
+    """JPEGs with all kinds of headers, by what is special about them."""
+    pixels = photo(20, 28)
+    cmyk = Image.fromarray(pixels).convert("CMYK")
+    return {
+        "plain": image_file(pixels, "JPEG"),
+        "best": image_file(pixels, "JPEG", quality=100, subsampling=0),
+        "progressive": image_file(pixels, "JPEG", progressive=True),
+        "restarts": image_file(pixels, "JPEG", restart_marker_rows=1, optimize=True),
+        "comment": image_file(pixels, "JPEG", comment=b"\xff\xd9 no end"),
+        "grey": image_file(pixels[..., 0], "JPEG"),
+        "turned": image_file(pixels, "JPEG", exif=exif(6)),
+        "profile": image_file(pixels, "JPEG", icc_profile=b"profile"),
+        "density": image_file(pixels, "JPEG", dpi=(300, 300)),
+        "cmyk": image_file(cmyk, "JPEG"),
+        "one pixel": image_file(pixels[:1, :1], "JPEG"),
+        "png": image_file(pixels),
+    }
+
+
+def told(read, content):
+    try:
+        return read(content, "it")
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", jpeg_kinds())
+def test_a_header_read_quickly_is_what_pillow_reads(kind):
+    content = jpeg_kinds()[kind]
+    assert told(read_picture, content) == told(images.read_any, content)
+    quick = {"plain", "best", "progressive", "restarts", "comment", "grey", "density", "one pixel"}
+    assert (read_plain(content) is not None) == (kind in quick)
+    # Cut anywhere, or with a number changed anywhere before the pixels, it is what pillow says it is.
+    for length in {*range(min(len(content), 700)), *range(len(content) - 9, len(content))}:
+        assert told(read_picture, content[:length]) == told(images.read_any, content[:length])
+    generator = np.random.default_rng(0)
+    for place in range(min(len(content), 700)):
+        changed = bytearray(content)
+        changed[place] = generator.integers(256)
+        changed = bytes(changed)
+        assert told(read_picture, changed) == told(images.read_any, changed)
 
 
 def test_auto_takes_dali_where_it_is():

@@ -95,7 +95,7 @@ def run(
 ) -> Outcome:
     job = open_job(
         [pattern], str(out), PLAIN.model_copy(update=changes),
-        autoencoder=nets / vae if vae else None, text=nets / text if text else None,
+        autoencoder=nets / vae if vae else None, text=str(nets / text) if text else None,
         threads=1, batch=batch, skip_bad=skip_bad, device=device,
     )  # fmt: skip
     return encode(job, rank=rank, ranks=ranks, report=lambda name, outcome: None)

@@ -72,7 +72,7 @@ def loader(
 
 
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name in ("reader", "decoder")]
+    return [t for t in threading.enumerate() if t.name in ("reader-0", "decoder-0", "decoder-1")]
 
 
 def numbers(batch):
@@ -133,7 +133,7 @@ def test_a_running_loader_goes_back_to_a_state(shards):
         next(batches)
         batches.load_state_dict(state)
         assert torch.equal(next(batches).image, first.image)
-        assert len(loader_threads()) == 2
+        assert len(loader_threads()) == 3
 
 
 def test_state_of_another_order_is_refused(shards):
@@ -200,11 +200,11 @@ def test_prefetching_is_ahead_bounded_and_measured(shards):
     while len(read) < 9 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    # One taken, three decoded, one in the decoder's hand; three read, one in the reader's hand.
-    assert decoded == [0, 6, 12, 18, 24]
-    assert read == [*decoded, 30, 36, 42, 48]
+    # One taken, three decoded and the one that was in the making, and as many read.
+    assert sorted(decoded) == [0, 6, 12, 18, 24]
+    assert read == [*sorted(decoded), 30, 36, 42, 48]
     next(batches)
-    assert (batches.queue_depth, batches.read_depth) == (3, 3)
+    assert (batches.queue_depth, batches.read_depth) == (4, 4)
     assert batches.wait_seconds < 0.1
     batches.close()
 
