@@ -23,7 +23,7 @@ from trainer.checkpoints.foreign.files import Weights, read_weights
 from trainer.checkpoints.manifest import damaged_contents, read_manifest
 from trainer.checkpoints.store import save
 from trainer.recipe import Recipe, build_recipe, override_recipe, write_recipe
-from trainer.run_folder import RunFolder, check_writable, open_run, science
+from trainer.run_folder import RunFolder, check_writable, locked, open_run, science
 from trainer.yaml_text import parse_yaml
 
 # Where the shards are is not in a file of weights: training says it.
@@ -75,11 +75,11 @@ def import_run(
     recipe = _recipe(format_.family, config, format_.recipe(config), run, file.stem)
     recipe = override_recipe(recipe, rest)
     tensors = _tensors(recipe, state)
-    run.checkpoints.mkdir(parents=True)
-    write_recipe(recipe, run.recipe)
     origin = {"file": str(file.resolve()), "source": source, "weights": weights}
     record = {"step": 0, "science": science(recipe), "imported": origin}
-    save(run.checkpoints, step=0, tensors=tensors, state=record, keep=1)
+    with locked(run):
+        save(run.checkpoints, step=0, tensors=tensors, state=record, keep=1)
+        write_recipe(recipe, run.recipe)
     return Imported(run, recipe, sum(value.numel() for value in state.values()))
 
 

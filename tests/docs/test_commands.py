@@ -1,5 +1,6 @@
 """Every command of the documentation works as it is printed there."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -13,15 +14,29 @@ ROOT = Path(__file__).parents[2]
 BY_MAKE = "make "
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of the page's `sh` blocks, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith((BY_MAKE, "#"))]
+def lines(block: str) -> list[str]:
+    """The commands of an `sh` block, continuation lines joined."""
+    joined = block.replace("\\\n", " ").splitlines()
+    return [line for line in joined if line.strip() and not line.startswith((BY_MAKE, "#"))]
+
+
+def steps(page: Path) -> list[list[str]]:
+    """What runs, in order: the lines of `sh` blocks, and `python` blocks together with those before."""
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    found: list[list[str]] = []
+    python = ""
+    for language, group in itertools.groupby(blocks, key=lambda block: block[0]):
+        text = "\n".join(block for _, block in group)
+        if language == "sh":
+            found += [["bash", "-c", line] for line in lines(text)]
+        else:
+            python += text
+            found.append([sys.executable, "-c", python])
+    return found
 
 
 PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if commands(page)
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if steps(page)
 ]
 
 
@@ -31,16 +46,16 @@ def test_commands_of_a_page_work_in_an_empty_folder(page: Path, tmp_path: Path) 
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    for command in commands(page):
+    for command in steps(page):
         result = subprocess.run(
-            ["bash", "-c", command],
+            command,
             cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
             timeout=240,
         )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        assert result.returncode == 0, f"{command[-1]}\n{result.stdout}\n{result.stderr}"
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
