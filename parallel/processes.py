@@ -6,9 +6,10 @@ single rank too, so that meshes and checkpoints are the same code on one rank an
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from flows.errors import UserError
 
+T = TypeVar("T")
 DevicePreference = Literal["auto", "cpu", "cuda"]
 
 
@@ -74,6 +76,25 @@ def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T] | None:
+    """The first rank gets what every rank gives, in the order of the ranks, the others None."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on every rank; the others wait for it."""
+    if not dist.is_initialized():
+        return make()
+    values: list[Any] = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    made: T = values[0]
+    return made
 
 
 def choose_device(preference: DevicePreference, local_rank: int) -> torch.device:

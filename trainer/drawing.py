@@ -11,10 +11,11 @@ from flows.errors import UserError
 from flows.mixture import to_image
 from flows.models.dequantised import Dequantised
 from flows.models.jet import Jet
+from flows.objectives.flow_matching import FlowMatching
 from flows.randomness import Draw
 from flows.samplers.denoise import denoise_by_score
 from flows.samplers.discrete import sample_tokens
-from flows.samplers.guidance import Condition, null_condition
+from flows.samplers.guidance import Condition, Velocity, null_condition
 from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, invert, prior
 from flows.samplers.inversion_guidance import FlowGuidance
 from flows.samplers.sampler import Sampled, sample
@@ -25,7 +26,6 @@ from trainer.recipe import Recipe, SampleSection
 from trainer.token_sections import JumpSection
 
 EVERY_TOKEN = 2**31  # a group that no chain is longer than
-BATCH = 128  # samples in one network call: bounds memory, changes no sample
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,21 @@ def draw_samples(
     labels: Tensor,
     ids: Tensor,
     device: torch.device,
+    *,
+    batch: int,
+    as_images: bool,
 ) -> Samples:
-    """One sample for each label; number `ids[i]` starts from the noise of that id in any batch."""
+    """One sample for each label; number `ids[i]` starts from the noise of that id in any batch.
+
+    batch: samples in one network call
+    as_images: of latents, what their autoencoder makes of them; else the latents
+    """
     draw = {SampleSection: _integrate, JumpSection: _jump}.get(type(recipe.sample), _invert)
     images, calls = [], []
-    for part in torch.arange(len(labels)).split(BATCH):
+    for part in torch.arange(len(labels)).split(batch):
         drawn = draw(model, recipe, labels[part].to(device), ids[part].to(device))
-        images.append(to_images(recipe, drawn.sample, device))
+        made = drawn.sample
+        images.append(to_images(recipe, made, device) if as_images else made.cpu())
         calls.append(drawn.network_calls)
     return Samples(torch.cat(images), labels.cpu(), torch.cat(calls).cpu())
 
@@ -69,18 +77,10 @@ def draw_samples(
 def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
     """Samples of a velocity model: the solution of its differential equation."""
     objective, section, data = build_flow_matching(recipe), recipe.sample, recipe.data
-    if objective.base:
-        raise UserError(
-            "This model goes on from an image (objective.base) and draws nothing from noise; give it "
-            "images by flows.samplers.completion."
-        )
-
-    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return objective.velocity(model(x=x, t=t, **condition).float(), x, t)
 
     condition = {"label": label}
     return sample(
-        velocity,
+        velocity_of(model, objective),
         condition,
         null_condition(condition, objective.null_label),
         ids,
@@ -90,6 +90,23 @@ def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> 
         prediction=objective.prediction,
         **section.model_dump(exclude={"every", "count"}),
     )
+
+
+def velocity_of(model: nn.Module, objective: FlowMatching) -> Velocity:
+    """The velocity that a model's prediction implies, as samplers call it.
+
+    Raises UserError for a model that does not begin with noise.
+    """
+    if objective.base:
+        raise UserError(
+            "This model goes on from an image (objective.base) and draws nothing from noise; give it "
+            "images by flows.samplers.completion."
+        )
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return objective.velocity(model(x=x, t=t, **condition).float(), x, t)
+
+    return velocity
 
 
 def _jump(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:

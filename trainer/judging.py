@@ -9,20 +9,24 @@ from data_pipeline.faults import PastShard, Tolerance, read_past
 from data_pipeline.loader import read_all
 from data_pipeline.shards import search
 from flows.errors import UserError
-from parallel.processes import choose_device
+from parallel.processes import Ranks
 from trainer.drawing import Samples
 from trainer.evaluation import Evaluation, evaluate
 from trainer.latents import open_reader, to_images
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
-from trainer.sampling import sample_checkpoint
 from trainer.storage import reach_storage
+from trainer.trained import draw_together, load_trained
 
 DECODED_AT_ONCE = 256
 
 
-def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Evaluation]:
+def judge_run(
+    run: RunFolder, recipe: Recipe, count: int, *, batch: int, ranks: Ranks
+) -> tuple[Samples, Evaluation] | None:
     """`count` samples, classes in turn, beside the recipe's training and held-out images.
+
+    A collective: ranks share the drawing, `batch` samples at a time, and the first one judges.
 
     Raises UserError if the recipe names no held-out shards, or the run has no whole checkpoint.
     """
@@ -31,16 +35,20 @@ def judge_run(run: RunFolder, recipe: Recipe, count: int) -> tuple[Samples, Eval
             f"{run.recipe} has no data.heldout, and samples are judged against held-out images; "
             "give it data.heldout=SHARDS."
         )
-    samples = sample_checkpoint(run, recipe, count)
+    trained = load_trained(run, recipe, ranks.device)
+    samples = draw_together(trained, count, batch=batch, ranks=ranks)
+    if samples is None:
+        return None
     reach_storage(recipe)
-    train = _images(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
-    heldout = _images(recipe, [recipe.data.heldout], None)
+    device = ranks.device
+    train = _images(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards), device)
+    heldout = _images(recipe, [recipe.data.heldout], None, device)
     names = recipe.data.names
     return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
 
 
 def _images(
-    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
+    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """All images and labels of `shards`, decoded as the training decodes them.
 
@@ -62,4 +70,4 @@ def _images(
         )
     finally:
         decoder.close()
-    return to_images(recipe, images, choose_device("auto", 0)), labels
+    return to_images(recipe, images, device), labels

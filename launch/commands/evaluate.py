@@ -9,13 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.errors import UserError
-from launch.commands.sample import RunArgument, SampleOverrides, how_drawn, how_in_words
+from launch.commands.sample import (
+    BatchOption,
+    RunArgument,
+    SampleOverrides,
+    how_drawn,
+    how_in_words,
+)
+from launch.joined import RanksOption, joined, start_ranks
 
 
 def evaluate(
     run: RunArgument,
     overrides: SampleOverrides = None,
     count: Annotated[int, typer.Option(min=10, help="Samples to draw.")] = 500,
+    batch: BatchOption = 32,
+    ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Class accuracy by a classifier of real images; energy distance to held-out real images.
@@ -33,16 +42,22 @@ def evaluate(
     ):
         raise UserError(f"{folder.evaluation} cannot be written; move it away.")
     recipe = with_overrides(recipe, overrides or [])
-    samples, found = judge_run(folder, recipe, count)
-    verdict = {**how_drawn(recipe, samples), **found.to_dict()}
+    start_ranks(folder, ranks)
+    with joined() as here:
+        judged = judge_run(folder, recipe, count, batch=batch, ranks=here)
+    if judged is None:
+        return  # the first rank speaks for all
+    samples, found = judged
+    step, calls = samples.step, samples.mean_calls
+    verdict = {**how_drawn(recipe, step, calls), **found.to_dict()}
     text = json.dumps(verdict)
     folder.evaluation.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
         return
-    title = f"{run}, step {samples.step}, {count} samples ({how_in_words(recipe)})"
+    title = f"{run}, step {step}, {count} samples ({how_in_words(recipe)})"
     table = Table("samples", "found", "beside", title=title)
-    table.add_row("network calls a sample", f"{samples.mean_calls:g}", "")
+    table.add_row("network calls a sample", f"{calls:g}", "")
     for row in found.rows():
         table.add_row(*row)
     Console().print(table)

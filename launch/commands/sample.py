@@ -1,23 +1,48 @@
-"""`flowmill sample`: pictures from a trained run."""
+"""`flowmill sample`: pictures from a trained run, in one sheet, in files, or in shards."""
 
 import json
 import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from flows.errors import UserError
+from launch.joined import RanksOption, joined, start_ranks
 
 if TYPE_CHECKING:
-    from trainer.drawing import Samples
+    from parallel.processes import Ranks
     from trainer.recipe import Recipe
+    from trainer.run_folder import RunFolder
+    from trainer.sample_output import Order
+    from trainer.trained import Trained
+
+SECONDS_BETWEEN_LINES = 10.0
 
 RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
 SampleOverrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes: sample.key=value, seed=value or data.heldout=shards."),
+]
+BatchOption = Annotated[
+    int,
+    typer.Option(
+        "--batch", min=1, help="Samples in one network call; only rounding depends on it."
+    ),
+]
+Form = Annotated[
+    Literal["grid", "folder", "shards"],
+    typer.Option(help="One picture; a file for each sample; or WebDataset shards."),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        help="The picture, folder or URL; default RUN/samples/ with final.png, folder or shards."
+    ),
 ]
 
 
@@ -25,42 +50,146 @@ def sample(
     run: RunArgument,
     overrides: SampleOverrides = None,
     count: Annotated[int, typer.Option(min=1, help="Samples to draw, classes in turn.")] = 100,
-    out: Annotated[
-        Path | None, typer.Option(help="The PNG; default RUN/samples/final.png.")
+    form: Form = "grid",
+    out: Out = None,
+    numbers: Annotated[
+        bool,
+        typer.Option("--numbers", help="Store what the model makes as .npy, in place of PNGs."),
+    ] = False,
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1000,
+    batch: BatchOption = 32,
+    optimise_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Choose this many time steps by their error, and draw with them."),
     ] = None,
+    ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Draw samples from the averaged weights of the newest whole checkpoint into one picture."""
-    from trainer import pictures
-    from trainer.reporting import GRID_COLUMNS, add_artifact
+    """Draw samples from the averaged weights of the newest whole checkpoint.
+
+    Sample number i is the same on any number of ranks. A folder or shards that were cut short are
+    completed by the same command.
+    """
     from trainer.run_folder import open_run
-    from trainer.sampling import sample_checkpoint, with_overrides
+    from trainer.sample_output import Order
+    from trainer.sampling import with_overrides
+    from trainer.storage import reach_storage
+    from trainer.trained import load_trained
 
     folder, recipe = open_run(run)
     recipe = with_overrides(recipe, overrides or [])
-    path = out or folder.samples / "final.png"
-    check_picture("--out", path)
-    drawn = sample_checkpoint(folder, recipe, count)
-    pictures.class_grid(drawn.images, drawn.labels, recipe.data.names, path, GRID_COLUMNS)
-    if out is None:
-        note = Console(stderr=True, soft_wrap=True).print
-        add_artifact(folder, recipe, path, "samples", lambda text: note(text, markup=False))
-    result = {"picture": str(path), "samples": count, **how_drawn(recipe, drawn)}
+    place = (out or str(folder.samples / {"grid": "final.png"}.get(form, form))).rstrip("/")
+    reach_storage(recipe)
+    _check_place(form, place, numbers)
+    start_ranks(folder, ranks)
+    with joined() as here:
+        trained = load_trained(folder, recipe, here.device)
+        if optimise_steps is not None:
+            trained = _with_chosen_times(trained, optimise_steps, batch)
+        if form == "grid":
+            result = _draw_picture(trained, place, count, batch, here)
+        else:
+            member: Literal["png", "npy"] = "npy" if numbers else "png"
+            result = _write_files(
+                trained, Order(place, form, member, count, per_shard, batch), here
+            )
+    if result is None:
+        return  # the first rank speaks for all
+    if form == "grid" and out is None:
+        _send(folder, trained.recipe, Path(place))
+    _print(trained, count, place, result, as_json)
+
+
+def _check_place(form: str, place: str, numbers: bool) -> None:
+    """Raises UserError, before anything takes long, where nothing could be written."""
+    from data_pipeline.storage import resolve
+
+    if form != "grid":
+        if resolve(place).local:
+            _check_folder(Path(resolve(place).path))
+    elif numbers:
+        raise UserError("--numbers make no picture; give --form folder or --form shards, too.")
+    else:
+        check_picture("--out", Path(place))
+
+
+def _with_chosen_times(trained: "Trained", steps: int, batch: int) -> "Trained":
+    """Its sampling at so many times, chosen by the first rank."""
+    from parallel.processes import from_first
+    from trainer.recipe import override_recipe
+    from trainer.step_choice import choose_times
+
+    times = from_first(lambda: choose_times(trained, steps, batch=batch))
+    return replace(trained, recipe=override_recipe(trained.recipe, [f"sample.times={times}"]))
+
+
+def _draw_picture(
+    trained: "Trained", place: str, count: int, batch: int, here: "Ranks"
+) -> dict[str, Any] | None:
+    from trainer import pictures
+    from trainer.reporting import GRID_COLUMNS
+    from trainer.trained import draw_together
+
+    drawn = draw_together(trained, count, batch=batch, ranks=here)
+    if drawn is None:
+        return None
+    names = trained.recipe.data.names
+    pictures.class_grid(drawn.images, drawn.labels, names, Path(place), GRID_COLUMNS)
+    return {"picture": place, "network_calls": drawn.mean_calls}
+
+
+def _write_files(trained: "Trained", order: "Order", here: "Ranks") -> dict[str, Any] | None:
+    from trainer.sample_output import write_samples
+
+    written = write_samples(trained, order, here, _reporter(here.rank))
+    if written is None:
+        return None
+    facts = {"folder": order.out, "made": written.made, "kept": written.kept}
+    return facts | {"network_calls": written.network_calls}
+
+
+def _reporter(rank: int) -> Callable[[int, int], None]:
+    """Tells of a rank's progress on stderr, now and then: stdout is for the result."""
+    console, last = Console(stderr=True, soft_wrap=True), time.monotonic()
+
+    def report(done: int, of: int) -> None:
+        nonlocal last
+        if done == of or time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            console.print(f"rank {rank}: {done} of {of} parts", highlight=False)
+
+    return report
+
+
+def _send(folder: "RunFolder", recipe: "Recipe", picture: Path) -> None:
+    """The picture, to MLflow."""
+    from trainer.reporting import add_artifact
+
+    note = Console(stderr=True, soft_wrap=True).print
+    add_artifact(folder, recipe, picture, "samples", lambda text: note(text, markup=False))
+
+
+def _print(
+    trained: "Trained", count: int, place: str, result: dict[str, Any], as_json: bool
+) -> None:
+    recipe = trained.recipe
+    calls = result.pop("network_calls")
     if as_json:
-        typer.echo(json.dumps(result))
+        facts = how_drawn(recipe, trained.step, calls)
+        typer.echo(json.dumps({**result, "samples": count, **facts}))
         return
+    cost = f" at {calls:g} network calls each" if calls is not None else ""
+    kept = f", {result['kept']} of them there already" if result.get("kept") else ""
     Console(soft_wrap=True).print(
-        f"{count} samples of step {drawn.step} ({how_in_words(recipe)}) at {drawn.mean_calls:g} "
-        f"network calls each: {path}",
+        f"{count} samples of step {trained.step} ({how_in_words(recipe)}){cost}{kept}: {place}",
         highlight=False,
     )
 
 
-def how_drawn(recipe: "Recipe", drawn: "Samples") -> dict[str, object]:
+def how_drawn(recipe: "Recipe", step: int | None, network_calls: float | None) -> dict[str, object]:
     """All that decides the samples of a run, for programs."""
     section = recipe.sample.model_dump(mode="json", exclude={"every", "count"})
-    calls = drawn.mean_calls
-    return {"step": drawn.step, "seed": recipe.seed, "sample": section, "network_calls": calls}
+    return {"step": step, "seed": recipe.seed, "sample": section, "network_calls": network_calls}
 
 
 def how_in_words(recipe: "Recipe") -> str:
@@ -76,3 +205,12 @@ def check_picture(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first.")
     if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
         raise UserError(f"{option} {path} cannot be written; check permissions, or give another.")
+
+
+def _check_folder(path: Path) -> None:
+    """Raises UserError, before anything takes long, where no folder could be written."""
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {path} cannot be a folder, for {existing} is a file; give another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path} cannot be written; check permissions, or give another.")

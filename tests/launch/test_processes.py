@@ -17,10 +17,12 @@ from tests.data_pipeline.conftest import grey, sample, write_tar
 from tests.launch.conftest import SHORT, TINY, environment, fingerprint
 
 
-def start(*words: str, module: str = "launch", before: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(
+    *words: str, module: str = "launch", before: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *before, "-m", module, *words],
-        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(**variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

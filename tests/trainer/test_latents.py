@@ -15,6 +15,7 @@ from flows.batch import Batch
 from flows.errors import UserError
 from flows.randomness import Draw
 from launch.progress import ProgressLine
+from parallel.processes import Ranks
 from tests import networks
 from trainer.assembly import build_objective, plan
 from trainer.judging import judge_run
@@ -22,7 +23,7 @@ from trainer.latents import to_images
 from trainer.recipe import Recipe, load_recipe
 from trainer.run_folder import RunFolder
 from trainer.running import open_loader, run_training
-from trainer.sampling import sample_checkpoint
+from trainer.trained import sample_checkpoint
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -138,7 +139,9 @@ def test_a_run_on_latents_makes_pictures_of_images(made: Path, tmp_path: Path) -
     run = RunFolder(tmp_path / "run")
     assert Image.open(run.samples / "step-00000003.png").size[0] > 8
     assert sample_checkpoint(run, recipe, 4).images.shape == (4, 1, 8, 8)
-    samples, verdict = judge_run(run, recipe, 10)
+    judged = judge_run(run, recipe, 10, batch=10, ranks=Ranks(0, 1, 0, CPU))
+    assert judged is not None
+    samples, verdict = judged
     assert samples.images.shape[1:] == (1, 8, 8)
     # A classifier of what the autoencoder keeps of the digits is better than a guess.
     assert verdict.classes.heldout_accuracy > 0.2

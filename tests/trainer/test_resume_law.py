@@ -25,7 +25,7 @@ from tests.trainer import runs
 from trainer.assembly import plan
 from trainer.run_folder import open_run
 from trainer.running import open_loader
-from trainer.sampling import sample_checkpoint
+from trainer.trained import sample_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
 

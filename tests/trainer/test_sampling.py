@@ -10,7 +10,8 @@ from tests.trainer import runs
 from trainer.assembly import model_architecture
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, open_run
-from trainer.sampling import balanced_labels, sample_checkpoint, with_overrides
+from trainer.sampling import balanced_labels, with_overrides
+from trainer.trained import sample_checkpoint
 
 DRAWN = ("sample.steps=4", "sample.count=6", "sample.guidance=2.0")
 
@@ -75,7 +76,7 @@ def test_calls_of_the_network_are_counted(trained):
 
 
 def test_classes_come_in_turn():
-    assert balanced_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert balanced_labels(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_another_seed_is_other_samples_and_the_training_is_not_touched(trained):
