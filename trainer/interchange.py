@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -236,10 +237,8 @@ def _write_file(path: Path, state: Mapping[str, Tensor], about: dict[str, str]) 
     try:
         save_file(dict(state), temporary, metadata=about)
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); choose another place."
-        ) from None
+    except (OSError, SafetensorError) as error:  # the latter is what its writer makes of the former
+        raise UserError(f"{path} cannot be written ({error}); choose another place.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -125,12 +125,14 @@ def diff(
 def import_command(
     file: Annotated[Path, typer.Argument(help="Published weights: torch, safetensors or .npz.")],
     source: Annotated[str, typer.Option("--from", help=f"Who wrote it: {', '.join(FORMATS)}.")],
-    run: Annotated[Path, typer.Option(help="The new run folder.")],
     changes: Annotated[
         list[str] | None,
         typer.Argument(
             help="section.key=value: what the file leaves out, and all else of a recipe."
         ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="The new run folder; default: runs/NAME of the file.")
     ] = None,
     weights: Annotated[
         Weights | None, typer.Option(help="Where it has both; default: averaged.")
@@ -140,6 +142,7 @@ def import_command(
     """Make a run folder of a public program's weights: a recipe and a checkpoint."""
     from trainer.interchange import import_run
 
+    run = run or Path("runs") / file.stem
     made = import_run(file, source, run, weights, changes or [])
     if as_json:
         record = {"run": str(run), "parameters": made.parameters}

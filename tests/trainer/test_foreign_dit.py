@@ -255,6 +255,13 @@ def test_a_lightningdit_with_layer_norms_of_queries_is_refused() -> None:
         ({}, "dit", r"model\.time = flow has no place in a dit file"),
         ({"norm": "dyt"}, "lightningdit", r"model\.norm = dyt"),
         ({"time": "reversed"}, "repa", r"model\.align_depth = 0"),
+        ({"qk_norm": True}, "repa", r"model\.qk_norm = True has no place in a repa file"),
+        (
+            {"align_depth": 1, "align_width": 3},
+            "lightningdit",
+            r"model\.align_depth = 1 has no place",
+        ),
+        ({}, "jet", r"a DiTConfig is no model of the family jet"),
         ({}, "png", r"there is no format 'png'; use .*sit"),
     ],
 )

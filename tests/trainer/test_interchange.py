@@ -16,12 +16,13 @@ from launch.commands.checkpoint import FORMATS, app
 from trainer.checkpoints.contents import checkpoint_in, read_tensors
 from trainer.checkpoints.foreign import SOURCES, convert
 from trainer.checkpoints.manifest import read_manifest
+from trainer.checkpoints.store import save
 from trainer.interchange import export_run, import_run
-from trainer.recipe import load_recipe
+from trainer.recipe import load_recipe, override_recipe
 from trainer.run_folder import open_run
 from trainer.sampling import sample_checkpoint, with_overrides
 
-from . import runs
+from . import families, runs
 from .references import dit as reference
 from .references.parts import State, random_state
 from .test_foreign_dit import lightning, repa, sit
@@ -111,6 +112,15 @@ def test_a_jet_comes_from_numpy_arrays(tmp_path: Path) -> None:
     assert drawn.images.shape == (2, 3, 8, 8)
 
 
+def test_a_run_is_named_after_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, on_digits())
+    told = run("import", "--from", "sit", "weights.pt", "model.heads=2", "--json")
+    assert json.loads(told.output)["run"] == "runs/weights"
+    assert json.loads(told.output)["model"]["heads"] == 2
+    assert (tmp_path / "runs" / "weights" / "recipe.yaml").is_file()
+
+
 def test_the_averaged_weights_are_preferred(tmp_path: Path) -> None:
     checkpoint = checkpoint_in(imported(tmp_path))
     names = {"model.patches.bias": "raw", "ema.0.9999.patches.bias": "ema"}
@@ -189,6 +199,28 @@ def test_exports_are_averaged_or_raw_and_of_any_step(tmp_path: Path) -> None:
     assert json.loads(about["model"])["width"] == 32
 
 
+def test_a_jet_keeps_its_orders_and_leaves_its_dequantiser_at_home(tmp_path: Path) -> None:
+    recipe = families.recipe("jet", tmp_path / "run")
+    changes = ["model.conditional=false", "train.steps=1", "sample.every=0", "checkpoint.every=1"]
+    runs.train_here(override_recipe(recipe, changes))
+    assert run("export", tmp_path / "run", tmp_path / "whole.safetensors").exit_code == 0
+    whole = load_file(tmp_path / "whole.safetensors")
+    assert {"flow.order_0", "flow.blocks.0.up.weight"} <= whole.keys()
+    # A run goes on with the orders of its checkpoint, not with those that a fresh model draws.
+    checkpoint = checkpoint_in(tmp_path / "run")
+    names = dict.fromkeys(read_manifest(checkpoint).tensors)
+    held = read_tensors(checkpoint, {name: name for name in names})
+    held["buffer.flow.order_0"] = held["buffer.flow.order_0"].flip(0)
+    save(checkpoint.parent, step=1, tensors=held, state=read_manifest(checkpoint).state, keep=1)
+    runs.train_here(override_recipe(recipe, [*changes, "train.steps=2"]))
+    done = run("export", tmp_path / "run", tmp_path / "jet.safetensors", "--as", "jet")
+    assert done.exit_code == 0, done.exception
+    config, state = convert(load_file(tmp_path / "jet.safetensors"), source="jet", channels=1)
+    assert config.image_size == 8
+    assert torch.equal(state["order_0"], whole["flow.order_0"].flip(0))
+    assert not any(name.startswith("flow.") for name in state)
+
+
 def test_half_precision_and_diffusers(tmp_path: Path) -> None:
     folder = imported(tmp_path)
     out = tmp_path / "half.safetensors"
@@ -243,6 +275,8 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
         (tmp_path / "out.pt", {}, r"out\.pt is not the name of a \.safetensors file"),
         (tmp_path / "no" / "out.safetensors", {}, "there is no folder"),
         (tmp_path / "weights.pt", {}, "exists already; give another name"),
+        (Path("/proc/out.safetensors"), {}, "cannot be written .*; choose another place"),
+        (Path("/proc/out"), {"target": "diffusers"}, "cannot be written .*; choose another place"),
     ]
     for path, options, sentence in cases:
         with pytest.raises(UserError, match=sentence):
