@@ -20,7 +20,8 @@ from trainer.checkpoints.store import save
 from trainer.interchange import export_run, import_run
 from trainer.recipe import load_recipe, override_recipe
 from trainer.run_folder import open_run
-from trainer.sampling import sample_checkpoint, with_overrides
+from trainer.sampling import with_overrides
+from trainer.trained import sample_checkpoint
 
 from . import families, runs
 from .references import dit as reference

@@ -106,11 +106,6 @@ def to_foreign(config: Any, state: Mapping[str, Tensor], target: str) -> State:
     return weights | {name: value.to(dtype) for name, value in chosen.tables(config).items()}
 
 
-def family_of(config: Any) -> Family:
-    """The family of a configuration."""
-    return next(s.family for s in SOURCES.values() if isinstance(config, s.family.config))
-
-
 def _empty(family: Family, config: Any) -> State:
     """Our state dictionary without values, on the meta device."""
     with torch.device("meta"):
