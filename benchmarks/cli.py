@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +47,50 @@ def overhead(
     table.add_row("hand-written loop", f"{result.loop_seconds * 1e3:.2f} ms")
     table.add_row("median of paired ratios", f"{result.ratio:.4f}")
     table.add_row("weights apart after the warm-up", f"{result.weight_difference:.1e}")
+    Console().print(table)
+
+
+@app.command()
+def engines(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
+    ] = "digits",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=10, help="Steps of every side.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Every engine against bare PyTorch loops: two ranks, same tensors, step by step in turn."""
+    from launch.ranks import joined_by_launcher, run_ranks
+    from trainer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if not joined_by_launcher():
+        with tempfile.TemporaryDirectory() as logs:
+            sys.exit(run_ranks(sys.argv[1:], 2, Path(logs)))
+    from benchmarks.engines import measure
+
+    result = measure(loaded, rounds, warm_up=20)
+    if os.environ["RANK"] != "0":
+        return
+    if as_json:
+        goals = [{"side": name, "speed": speed, "met": met} for name, speed, met in result.goals]
+        typer.echo(json.dumps(asdict(result) | {"goals": goals}))
+        return
+    title = (
+        f"{recipe}, {result.parameters / 1e6:.1f} M parameters, batch {result.batch} over {result.ranks} "
+        f"ranks, {result.rounds} rounds"
+    )
+    table = Table("side", "median step", "speed", "of", "weights apart", title=title)
+    for row in result.rows:
+        if row.seconds is None or row.speed is None:
+            table.add_row(row.name, "not installed")
+            continue
+        apart = f"{row.difference:.1e}"
+        table.add_row(
+            row.name, f"{row.seconds * 1e3:.1f} ms", f"{row.speed:.3f}x", row.against, apart
+        )
     Console().print(table)
 
 
