@@ -220,7 +220,7 @@ def _on_meta() -> DiT:
 
 def backward(engine: Engine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:
     """() loss over all ranks; the gradients are left in place."""
-    mine = share(global_batch(step), engine.data_rank, engine.data_size)
+    mine = share(global_batch(step), engine.data_rank, engine.data_size).to(engine.device)
     parts = list(mine.split(microbatch))
     result = engine.forward_backward(parts, objective(), SEED, step, GLOBAL_BATCH)
     return engine.sum_over_data(result.loss.sum()) / GLOBAL_BATCH
@@ -231,7 +231,7 @@ def train(engine: Engine, steps: int = STEPS, microbatch: int = GLOBAL_BATCH) ->
     for step in range(steps):
         losses.append(backward(engine, step, microbatch))
         norms.append(engine.clip_gradients(MAX_NORM))
-        engine.step(LEARNING_RATE, torch.zeros(()))
+        engine.step(LEARNING_RATE, torch.zeros((), device=engine.device))
     return Curve(torch.stack(losses), torch.stack(norms), whole(engine.parameters()))
 
 
@@ -242,7 +242,7 @@ def whole(tensors: Mapping[str, Held]) -> dict[str, Tensor]:
 
 def _whole(held: Held) -> Tensor:
     if isinstance(held, FlatPiece):
-        line = torch.zeros(held.shape.numel())
+        line = torch.zeros(held.shape.numel(), device=held.local.device)
         line[held.start : held.start + len(held.local)] = held.local
         dist.all_reduce(line)
         return line.view(held.shape)

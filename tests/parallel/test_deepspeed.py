@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel import processes
+from parallel.mesh import resolve_layout
 from parallel.pieces import FlatPiece, local_part
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
@@ -230,3 +232,38 @@ def test_four_ranks_hold_unequal_and_empty_pieces_and_train_the_same(plain):
         sizes = [result["held"][stage]["final.out.bias"] for result in four]
         assert sum(sizes) == 9
         assert 0 in sizes
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """One rank over NCCL; DeepSpeed must not have been told of a CPU."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(scenario, "CPU", torch.device("cuda", 0))
+    yield processes.start("cuda", 60)
+    processes.stop()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_stage_trains_as_the_native_engine_does_and_waits_as_documented(on_a_gpu):
+    native = scenario.train(scenario.build(resolve_layout("none", None, None, 1)))
+    on_the_host = {"3 on the host": (3, {"offload": True}), "2 on the host": (2, {"offload": True})}
+    stages = {str(stage): (stage, {}) for stage in range(4)}
+    for name, case in (stages | on_the_host).items():
+        engine = scenario.build_zero(case[0], **case[1])
+        close(scenario.train(engine).plain(), native, EXACT)
+        if name in ("1", "2"):
+            never_waits(engine)
+        engine._inner.destroy()
+
+
+def never_waits(engine: Any) -> None:
+    batch = scenario.global_batch(7).to(engine.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.forward_backward(
+            [batch], scenario.objective(), scenario.SEED, 7, scenario.GLOBAL_BATCH
+        )
+        norm = engine.clip_gradients(1.0)
+        engine.step(1e-3, 1.0 - torch.isfinite(norm).float())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
