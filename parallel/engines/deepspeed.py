@@ -242,9 +242,8 @@ def load(device: torch.device) -> ModuleType:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_module("deepspeed")
-    if device.type == "cpu":
-        # Else it compiles a library of shared-memory collectives; gloo's need no compiler.
-        deepspeed.ops.__compatible_ops__ = {}
+    # Else it looks for compilers, and on a CPU compiles collectives in shared memory; gloo's need none.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.WARNING)
     old = "`torch.distributed.* is deprecated"  # said once by each of its collectives
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)

@@ -20,6 +20,11 @@ OFFLOADS = {
     "offload_optimizer": "zero_optimization.offload_optimizer.device",
     "offload_parameters": "zero_optimization.offload_param.device",
 }
+# What a user's JSON may change. DeepSpeed's own timer waits for the device, twice a step.
+DEFAULTS: Json = {
+    "communication_data_type": "fp32",
+    "timers": {"throughput": {"enabled": False}},
+}
 # Key of the JSON -> key of the recipe that decides it.
 DECIDED = {
     "bf16.enabled": "train.precision",
@@ -122,7 +127,7 @@ def generate(
         "train_micro_batch_size_per_gpu": microbatch,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 0.0,  # the engine does this too
-        "bf16": {"enabled": low},
+        "bf16": {"enabled": low, "check_grad_overflow": False},
         # Float32 would send stage 1 to another optimizer of DeepSpeed, with other flat tensors.
         "data_types": {"grad_accum_dtype": "bf16" if low and stage == 1 else "fp32"},
         "zero_optimization": zero,
@@ -133,7 +138,7 @@ def generate(
     _check(user, decided, where)
     # The batch is left out: DeepSpeed takes microbatches to be of one size, and they need not be.
     free = {key: value for key, value in user.items() if key != "train_batch_size"}
-    return _over({"communication_data_type": "fp32"}, _over(free, made))
+    return _over(DEFAULTS, _over(free, made))
 
 
 def _refuse_offload(stage: Stage, offload_optimizer: bool, offload_parameters: bool) -> None:

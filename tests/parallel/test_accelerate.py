@@ -15,9 +15,12 @@ from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.parallel import scenario
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
+    ),
+    pytest.mark.timeout(600),
+]
 
 EXACT = 1e-5
 # Kind, how the engine is made, and samples a microbatch.
@@ -82,7 +85,7 @@ def fallback() -> str:
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    return run_ranks(on_two_ranks, 2, timeout=250.0)
+    return run_ranks(on_two_ranks, 2, timeout=500.0)
 
 
 @pytest.fixture(scope="module")

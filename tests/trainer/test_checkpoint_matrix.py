@@ -151,7 +151,7 @@ def never_stopped(one_rank, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def fast(never_stopped) -> dict[str, Any]:
     folder, _ = never_stopped
-    return run_ranks(on_two_ranks, 2, timeout=250.0, folder=folder, pairs=FAST)[0]
+    return run_ranks(on_two_ranks, 2, timeout=500.0, folder=folder, pairs=FAST)[0]
 
 
 def hold(ended: dict[str, Any], whole: dict[str, Any]) -> None:

@@ -52,7 +52,8 @@ def test_the_json_is_that_of_the_recipe(tmp_path):
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 3,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": False},
+        "bf16": {"enabled": False, "check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -93,7 +94,7 @@ def test_a_users_json_is_merged(tmp_path):
     }
     assert given["comms_logger"] == {"enabled": True}
     assert given["gradient_clipping"] == 0.0
-    assert given["bf16"] == {"enabled": False}
+    assert given["bf16"]["enabled"] is False
     assert "train_batch_size" not in given
 
 
