@@ -12,6 +12,7 @@ from data_pipeline.description import folder_of, read_description
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.weights import fingerprint
 from data_pipeline.latents import LatentDecoder, latents_of
+from data_pipeline.shards import locate_embedded
 from flows.errors import UserError
 from trainer.recipe import Recipe
 
@@ -68,7 +69,7 @@ def _folder(recipe: Recipe) -> Path:
             "This model makes latents, and only their autoencoder makes images of them; set "
             "data.autoencoder to its folder."
         )
-    return Path(recipe.data.autoencoder)
+    return Path(locate_embedded(recipe.data.autoencoder))
 
 
 @lru_cache(1)
