@@ -24,6 +24,7 @@ from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows
 from data_pipeline.keep import Keep
 from data_pipeline.stage import Stage
 from data_pipeline.stream import DataSet, Stream, open_set
+from data_pipeline.texts import TextMember
 from flows.batch import Batch
 from flows.errors import UserError
 
@@ -355,6 +356,23 @@ def read_all(
         source.contents.close()
         left -= count
     return torch.cat(images), torch.cat(labels)
+
+
+def texts_in_file_order(
+    pattern: str, places: Tensor, text: TextMember, *, classes: int, tolerate: Tolerance
+) -> tuple[Tensor, Tensor]:
+    """Labels (n,) and embedded captions (n, tokens, width) of the samples at (n,) places of some shards.
+
+    places: in the order of the shards; beyond their end they begin again
+    """
+    source = open_set(pattern, 1.0, keep={}, classes=classes, tolerate=tolerate, text=text)
+    try:
+        rows = Rows(InFileOrder(source), places, tolerant=not tolerate.strict)
+        samples = rows.samples
+        labels = torch.tensor([one.label for one in samples])
+        return labels, text.stack([one.words for one in samples if one.words is not None])
+    finally:
+        source.contents.close()
 
 
 def _decode_middle(decoder: Decoder, rows: Rows, size: Size, chosen: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.mesh import Layout
+from trainer.asked import text_member
 from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
 from trainer.flow_sections import LikelihoodSection
@@ -155,6 +156,7 @@ def training_stream(recipe: Recipe) -> Stream:
         seed=recipe.seed,
         lanes=data.lanes,
         window=data.window,
+        text=text_member(recipe),
         tolerate=Tolerance(data.max_bad_fraction, run.quarantine, past),
     )
 

@@ -138,5 +138,5 @@ def test_help_needs_no_torch(command: list[str], tmp_path: Path) -> None:
 
 
 def test_the_recipes_of_the_package_pass_a_dry_run(flowmill: Flowmill, place: Path) -> None:
-    for name in ("digits", "digits8", "emoji"):
+    for name in ("digits", "digits8", "sit_emoji"):
         assert flowmill("train", name, "run.dir=fresh", "--dry-run", "--ranks", "2").code == 0
