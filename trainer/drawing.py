@@ -19,6 +19,7 @@ from flows.samplers.guidance import Condition, Velocity, null_condition
 from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, invert, prior
 from flows.samplers.inversion_guidance import FlowGuidance
 from flows.samplers.sampler import Sampled, sample
+from trainer.asked import ask
 from trainer.assembly import build_discrete, build_flow_matching
 from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.latents import to_images
@@ -52,33 +53,31 @@ class Samples:
 def draw_samples(
     model: nn.Module,
     recipe: Recipe,
-    labels: Tensor,
     ids: Tensor,
     device: torch.device,
     *,
     batch: int,
     as_images: bool,
 ) -> Samples:
-    """One sample for each label; number `ids[i]` starts from the noise of that id in any batch.
+    """Samples of (n,) `ids`, each a function of its id in any batch; see `trainer.asked` for what of.
 
     batch: samples in one network call
     as_images: of latents, what their autoencoder makes of them; else the latents
     """
     draw = {SampleSection: _integrate, JumpSection: _jump}.get(type(recipe.sample), _invert)
-    images, calls = [], []
-    for part in torch.arange(len(labels)).split(batch):
-        drawn = draw(model, recipe, labels[part].to(device), ids[part].to(device))
+    asked, images, calls = ask(recipe, ids), [], []
+    for part in torch.arange(len(ids)).split(batch):
+        condition = asked.take(part).condition(device)
+        drawn = draw(model, recipe, condition, ids[part].to(device))
         made = drawn.sample
         images.append(to_images(recipe, made, device) if as_images else made.cpu())
         calls.append(drawn.network_calls)
-    return Samples(torch.cat(images), labels.cpu(), torch.cat(calls).cpu())
+    return Samples(torch.cat(images), asked.labels, torch.cat(calls).cpu())
 
 
-def _integrate(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+def _integrate(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -> Sampled:
     """Samples of a velocity model: the solution of its differential equation."""
     objective, section, data = build_flow_matching(recipe), recipe.sample, recipe.data
-
-    condition = {"label": label}
     return sample(
         velocity_of(model, objective),
         condition,
@@ -109,7 +108,7 @@ def velocity_of(model: nn.Module, objective: FlowMatching) -> Velocity:
     return velocity
 
 
-def _jump(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+def _jump(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -> Sampled:
     """Samples of a model over tokens: what its jumps have made of them at the end, as images."""
     objective, section, data = build_discrete(recipe), recipe.sample, recipe.data
     shape = (data.channels, data.image_size, data.image_size)
@@ -118,7 +117,6 @@ def _jump(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampl
         logits: Tensor = model(x=x, t=t, **condition)
         return logits
 
-    condition = {"label": label}
     drawn = sample_tokens(
         predict,
         condition,
@@ -132,7 +130,7 @@ def _jump(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampl
     return Sampled(to_image(drawn.tokens, objective.path.levels, shape), drawn.network_calls)
 
 
-def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sampled:
+def _invert(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -> Sampled:
     """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
     objective, section = recipe.objective, recipe.sample
     assert isinstance(objective, LikelihoodSection)
@@ -141,14 +139,16 @@ def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sam
     flow = model.flow if isinstance(model, Dequantised) else model
     if isinstance(flow, Jet):
         shape = (flow.config.tokens, flow.config.features)
-        x = flow.inverse(Draw(recipe.seed, 0, ids).normal("sample_noise", shape), label)
+        x = flow.inverse(
+            Draw(recipe.seed, 0, ids).normal("sample_noise", shape), condition["label"]
+        )
         calls = 1.0
     else:
         chains = cast(AutoregressiveFlow, flow)
         inverted = invert(
             chains,
             prior(chains, recipe.seed, ids),
-            label,
+            **condition,
             strategy=_strategy(section),
             guidance=FlowGuidance(
                 weight=section.guidance,
@@ -162,9 +162,7 @@ def _invert(model: nn.Module, recipe: Recipe, label: Tensor, ids: Tensor) -> Sam
         )
         x, calls = inverted.x, inverted.network_calls
     if objective.noise and section.denoise:
-        clean = denoise_by_score(
-            flow, x, {"label": label}, noise=objective.noise, scale=section.denoise
-        )
+        clean = denoise_by_score(flow, x, condition, noise=objective.noise, scale=section.denoise)
         x, calls = clean.sample, calls + clean.network_calls
     return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
 

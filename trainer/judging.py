@@ -10,6 +10,7 @@ from data_pipeline.loader import read_all
 from data_pipeline.shards import search
 from flows.errors import UserError
 from parallel.processes import Ranks
+from trainer.bits import heldout_bits, measured_objective
 from trainer.drawing import Samples
 from trainer.evaluation import Evaluation, evaluate
 from trainer.latents import open_reader, to_images
@@ -40,17 +41,24 @@ def judge_run(
     if samples is None:
         return None
     reach_storage(recipe)
-    device = ranks.device
-    train = _images(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards), device)
-    heldout = _images(recipe, [recipe.data.heldout], None, device)
+    train = _read(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
+    heldout = _read(recipe, [recipe.data.heldout], None)
+    objective = measured_objective(recipe)
+    bits = None
+    if objective is not None:
+        bits = heldout_bits(trained.model, objective, train[0], heldout, recipe.seed)
+    train, heldout = (
+        (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
+    )
     names = recipe.data.names
-    return samples, evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed)
+    found = evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed, bits)
+    return samples, found
 
 
-def _images(
-    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None, device: torch.device
+def _read(
+    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
 ) -> tuple[Tensor, Tensor]:
-    """All images and labels of `shards`, decoded as the training decodes them.
+    """All images, or latents, and labels of `shards`, decoded as the training decodes them.
 
     past: the shards as the training began with them
     """
@@ -70,4 +78,4 @@ def _images(
         )
     finally:
         decoder.close()
-    return to_images(recipe, images, device), labels
+    return images, labels

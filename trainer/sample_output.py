@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -26,11 +27,11 @@ from data_pipeline.storage import resolve
 from data_pipeline.storing import reason, sha256_of, write_text, written_whole
 from flows.errors import UserError
 from parallel.processes import Ranks, from_first, gather
+from trainer.asked import ask
 from trainer.drawing import Samples
 from trainer.pictures import to_bytes
 from trainer.recipe import Recipe
 from trainer.refusals import shown
-from trainer.sampling import balanced_labels
 from trainer.trained import Trained, batches
 
 RECORD = "samples.json"
@@ -281,7 +282,7 @@ def _describe(recipe: Recipe, order: Order, made: dict[str, Shard]) -> None:
 
 def _list(recipe: Recipe, order: Order) -> None:
     """`metadata.jsonl`: a row for each file."""
-    labels = balanced_labels(range(order.count), recipe.data.classes).tolist()
+    labels = ask(recipe, torch.arange(order.count)).labels.tolist()
     rows = [
         {"file_name": name} | _about(recipe, number, labels[number])
         for part in order.parts(order.count)

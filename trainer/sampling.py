@@ -1,4 +1,4 @@
-"""Samples of a model that is being trained, shared out over the ranks that hold it; who gets which class."""
+"""Samples of a model that is being trained, shared out over the ranks that hold it."""
 
 import torch
 from torch import Tensor
@@ -12,25 +12,19 @@ from trainer.recipe import Recipe, override_recipe
 BATCH = 128  # samples in one network call while training: bounds memory, changes no sample
 
 
-def balanced_labels(ids: range, classes: int) -> Tensor:
-    """(len(ids),) class of each id, 0, 1, ..., classes - 1, 0, 1, ...: none more often than another."""
-    return torch.arange(ids.start, ids.stop) % classes
-
-
 def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
     """A grid of the averaged weights while training, the same on every rank: a collective.
 
     Each rank draws an equal share, since a sharded model needs them all in every call.
     """
     count = recipe.sample.count
-    labels = balanced_labels(range(count), recipe.data.classes)
     share = -(-count // engine.data_size)
     mine = torch.arange(engine.data_rank * share, (engine.data_rank + 1) * share)
     own = mine.remainder(count)
     with ema.applied(engine.parameters(), recipe.train.ema[0]):
         drawn = engine.run(
             lambda model: draw_samples(
-                model, recipe, labels[own], own, engine.device, batch=BATCH, as_images=True
+                model, recipe, own, engine.device, batch=BATCH, as_images=True
             ),
             whole=calls_parts(recipe),
         )
@@ -40,7 +34,7 @@ def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
         every[mine] = values.to(engine.device)
         return engine.sum_over_data(every)[:count].cpu()
 
-    return Samples(together(drawn.images), labels, together(drawn.network_calls))
+    return Samples(together(drawn.images), together(drawn.labels), together(drawn.network_calls))
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:

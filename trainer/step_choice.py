@@ -7,10 +7,10 @@ from flows.randomness import Draw
 from flows.samplers.guidance import Field, Guidance, null_condition
 from flows.samplers.sampler import time_grid
 from flows.samplers.steps import optimal_steps, step_costs
+from trainer.asked import ask
 from trainer.assembly import build_flow_matching
 from trainer.drawing import velocity_of
 from trainer.recipe import SampleSection
-from trainer.sampling import balanced_labels
 from trainer.trained import Trained, batches
 
 # As the paper has them: a grid of 100 steps, and the mean over 100 trajectories.
@@ -41,7 +41,7 @@ def choose_times(trained: Trained, steps: int, *, batch: int) -> list[float]:
     costs = torch.zeros(len(times), len(times), dtype=torch.float64)
     for ids in batches(range(TRAJECTORIES), batch):
         samples = torch.arange(ids.start, ids.stop, device=trained.device)
-        condition = {"label": balanced_labels(ids, data.classes).to(trained.device)}
+        condition = ask(recipe, torch.arange(ids.start, ids.stop)).condition(trained.device)
         null = null_condition(condition, objective.null_label)
         velocity = velocity_of(trained.model, objective)
         # Other noise than any sample's: the times are not to suit the ones that are drawn.

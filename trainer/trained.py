@@ -1,7 +1,7 @@
 """A trained run, ready to be sampled, by one process or by ranks that share the samples.
 
-Sample `id` is a function of (seed, id, class). The samples of a call are cut into batches by their ids
-alone, so that the numbers come out the same to the last bit on any number of ranks.
+Sample `id` is a function of (seed, id, what it is asked to be). The samples of a call are cut into
+batches by their ids alone, so that the numbers come out the same to the last bit on any number of ranks.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from trainer.checkpoints.store import latest_whole, load
 from trainer.drawing import Samples, draw_samples
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
-from trainer.sampling import balanced_labels
 
 BATCH = 32  # samples in one network call where nobody says otherwise
 
@@ -47,7 +46,6 @@ class Trained:
         drawn = draw_samples(
             self.model,
             self.recipe,
-            balanced_labels(ids, self.recipe.data.classes),
             torch.arange(ids.start, ids.stop),
             self.device,
             batch=len(ids),

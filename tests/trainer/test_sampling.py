@@ -7,10 +7,11 @@ import torch
 from flows.errors import UserError
 from flows.randomness import Draw
 from tests.trainer import runs
+from trainer.asked import ask
 from trainer.assembly import model_architecture
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, open_run
-from trainer.sampling import balanced_labels, with_overrides
+from trainer.sampling import with_overrides
 from trainer.trained import sample_checkpoint
 
 DRAWN = ("sample.steps=4", "sample.count=6", "sample.guidance=2.0")
@@ -75,8 +76,9 @@ def test_calls_of_the_network_are_counted(trained):
         assert sample_checkpoint(run, changed, 2).network_calls.tolist() == [calls] * 2
 
 
-def test_classes_come_in_turn():
-    assert balanced_labels(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+def test_classes_come_in_turn(trained):
+    _, recipe = trained
+    assert ask(recipe, torch.arange(8, 13)).labels.tolist() == [8, 9, 0, 1, 2]
 
 
 def test_another_seed_is_other_samples_and_the_training_is_not_touched(trained):

@@ -8,7 +8,7 @@ import torch
 from flows.errors import UserError
 from flows.mixture import to_image, to_tokens
 from parallel.clock import Clock
-from parallel.engines.native import NativeEngine
+from parallel.engines import native
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
@@ -34,7 +34,7 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
     layout = resolve_layout(strategy, None, None, ranks)
     with torch.device("meta"):
         model = made.model.build()
-    engine = NativeEngine(
+    engine = native.build(
         model, layout, build_mesh(layout, CPU), device=CPU, seed=1, precision="fp32",
         checkpoint_activations=1, compile=False, reshard_after_forward=True,
         optimizer=scenario.adamw, clock=Clock(CPU),
@@ -47,9 +47,10 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
             losses.append(engine.sum_over_data(result.loss.sum()) / 8)
             engine.clip_gradients(1.0)
             engine.step(1e-2, torch.zeros(()))
-    labels = torch.arange(2)
+    ids = torch.arange(2)
     drawn = engine.run(
-        lambda model: draw_samples(model, made.recipe, labels, labels, CPU), whole=False
+        lambda model: draw_samples(model, made.recipe, ids, CPU, batch=2, as_images=True),
+        whole=False,
     )
     return {
         "losses": torch.stack(losses),
