@@ -120,8 +120,9 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, turn: Tensor | None, cache: KeyValue | None) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width); see `CausalLayer.forward`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-        query, key, value = heads.split(self.sizes, dim=1)
+        # Split before transposing: the three gradients are then joined in the layout of `qkv`.
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_width)).split(self.sizes, dim=2)
+        query, key, value = (part.transpose(1, 2) for part in heads)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if turn is not None:

@@ -228,6 +228,10 @@ class Chain:
         w = self.w[:, begin:end]
         return shift + w if log_scale is None else torch.addcmul(shift, log_scale.exp(), w)
 
+    def guess(self, begin: int, end: int, guess: Guess) -> None:
+        """Give tokens begin ... end - 1 their first value."""
+        self.inputs[:, begin + 1 : end + 1] = self.w[:, begin:end] if guess == "prior" else 0.0
+
     def one_by_one(self) -> None:
         for j in range(self.length):
             self.inputs[:, j + 1 : j + 2] = self.update(j, j + 1)
@@ -242,8 +246,7 @@ class Chain:
         while begin < self.length:
             end = self._end(begin, strategy)
             if guessed < end:
-                start = self.w[:, guessed:end] if strategy.guess == "prior" else 0.0
-                self.inputs[:, guessed + 1 : end + 1] = start
+                self.guess(guessed, end, strategy.guess)
                 guessed = end
             self._cache.rewind(begin)
             new = self.update(begin, end)
