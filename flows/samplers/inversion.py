@@ -15,6 +15,8 @@ A `sliding` group does not wait for its slowest token: as tokens at its front se
 its back.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
@@ -138,8 +140,10 @@ def invert(
         )
         tokens = z.float()
         for block, chosen in zip(blocks, strategies, strict=True):
-            tokens, count = solve(block, tokens, told, chosen, tolerance=tolerance, clamp=clamp)
-            calls.append(count)
+            solved = solve(block, tokens, told, chosen, tolerance=tolerance, clamp=clamp)
+            assert solved is not None
+            tokens = solved[0]
+            calls.append(solved[1])
     layers = [block.shape.layers for block in blocks]
     passes = sum(n * depth for n, depth in zip(calls, layers, strict=True)) / sum(layers)
     # A copy from outside inference mode may take part in gradients, such as those of denoising.
@@ -166,13 +170,17 @@ def solve(
     *,
     tolerance: float,
     clamp: float | None,
-) -> tuple[Tensor, int]:
-    """Invert one block: tokens w (batch, tokens, features) in raster order -> (u, network calls)."""
+    patience: float = math.inf,
+) -> tuple[Tensor, int] | None:
+    """Invert one block: tokens w (batch, tokens, features) in raster order -> (u, network calls).
+
+    None if iterations take longer than `patience` seconds.
+    """
     chain = Chain(block, w, told)
     if strategy.group == 1:
         chain.one_by_one()
-    else:
-        chain.iterate(strategy, tolerance, clamp)
+    elif not chain.iterate(strategy, tolerance, clamp, time.perf_counter() + patience):
+        return None
     return chain.result(), chain.calls
 
 
@@ -236,8 +244,10 @@ class Chain:
         for j in range(self.length):
             self.inputs[:, j + 1 : j + 2] = self.update(j, j + 1)
 
-    def iterate(self, strategy: Strategy, tolerance: float, clamp: float | None) -> None:
-        """Jacobi iterations from group to group, or in a group that slides.
+    def iterate(
+        self, strategy: Strategy, tolerance: float, clamp: float | None, deadline: float
+    ) -> bool:
+        """Jacobi iterations from group to group, or in a group that slides; False if time ran out.
 
         Tokens before `begin` are settled; those before `guessed` have a value; `used` iterations of
         the group are done.
@@ -264,6 +274,9 @@ class Chain:
             begin = min(begin + settled, end)
             if not strategy.sliding and begin == end:
                 used = 0
+            if time.perf_counter() > deadline:
+                return False
+        return True
 
     def _end(self, begin: int, strategy: Strategy) -> int:
         """Where the group ends whose first token that is not settled is `begin`."""

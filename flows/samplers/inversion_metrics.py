@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flows.models.autoregressive import FlowBlock
@@ -61,7 +62,11 @@ def difficulties(
         found.append((guesses, _convergence(block, u, told, norm)))
         u = w
     total = sum(convergence for _, convergence in found)
-    return [Difficulty(guesses, crm, crm / total) for guesses, crm in reversed(found)]
+    # The blocks of a fresh flow are all equally easy.
+    return [
+        Difficulty(guesses, crm, crm / total if total else 1 / len(found))
+        for guesses, crm in reversed(found)
+    ]
 
 
 GUESSES: tuple[Guess, ...] = ("prior", "zero")
@@ -88,10 +93,15 @@ def _convergence(block: FlowBlock, u: Tensor, told: Told, norm: Norm) -> float:
     of_shift = _norm(weight[-features:], norm)
     if log_scale is None:
         return of_shift
-    scaled = ordered[:, -block.shape.chain :] * torch.exp(-log_scale)
+    # The first token of a chain without a start token has scale 1.
+    scale = F.pad(
+        torch.exp(-log_scale), (0, 0, block.shape.tokens - block.shape.chain, 0), value=1.0
+    )
+    scaled = ordered * scale
     return _norm(scaled.mean(dim=0), norm) * _norm(weight[:features], norm) + of_shift
 
 
 def _norm(matrix: Tensor, norm: Norm) -> float:
-    order: int | str = {"spectral": 2, "one": 1, "frobenius": "fro"}[norm]
-    return float(torch.linalg.matrix_norm(matrix, order))  # type: ignore[call-overload]
+    if norm == "frobenius":
+        return float(matrix.norm())
+    return float(torch.linalg.matrix_norm(matrix, 2 if norm == "spectral" else 1))

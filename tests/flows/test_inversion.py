@@ -273,3 +273,15 @@ def test_strategies_that_solve_nothing_are_refused() -> None:
         invert(model, prior(model, 0, torch.arange(1)), strategy=[SEQUENTIAL] * 2)
     with pytest.raises(ValueError, match="together"):
         replace(DISTRIBUTION, parts="shift")
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn_with_it() -> None:
+    """Products of a few rows are computed in another form."""
+    for config in (TARFLOW, RICH):
+        model = disturbed(config)
+        label = torch.arange(70) % 5
+        z = prior(model, 0, torch.arange(70))
+        together = invert(model, z, label).x
+        for batch in (1, 12, 20, 63):
+            few = invert(model, z[:batch], label[:batch]).x
+            torch.testing.assert_close(few, together[:batch], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,121 @@
+"""The fastest way to invert each block of a flow on this machine, for batches of one size.
+
+Iterating over many tokens does more arithmetic than a cached step, but in a few large operations
+instead of many small ones. Which wins depends on the machine, on the batch, and on how soon a block
+settles, so this tries them: block after block, on one batch of noise, beside the sequential solution.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flows.models.autoregressive import FlowBlock
+from flows.samplers.inversion import (
+    SEQUENTIAL,
+    AutoregressiveFlow,
+    Strategy,
+    Told,
+    prior,
+    solve,
+)
+from flows.samplers.inversion_guidance import NO_GUIDANCE, FlowGuidance
+
+# A strategy must win by this much, so that no noise of the clock chooses one that loses.
+MARGIN = 0.9
+GROUPS = (4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to invert one block, and what was measured.
+
+    seconds, sequential_seconds: of the choice and of sequential sampling, for the batch
+    error: root of the mean square difference from the sequential solution, relative to the latter
+    """
+
+    strategy: Strategy
+    seconds: float
+    sequential_seconds: float
+    error: float
+
+
+def choose_strategy(
+    model: AutoregressiveFlow,
+    batch: int,
+    label: Tensor | None = None,
+    text: Tensor | None = None,
+    *,
+    guidance: FlowGuidance = NO_GUIDANCE,
+    tolerance: float,
+    accuracy: float,
+    seed: int = 0,
+) -> list[Choice]:
+    """The fastest strategy of each block, the top block (the first to be inverted) first.
+
+    Give `[choice.strategy for choice in ...]` to `invert`. It takes as long as sampling sequentially
+    twice and trying the candidates, each of which is left when it is slower than the best so far.
+
+    batch: samples in a batch, the size that the choice is for
+    label, text, guidance, tolerance: as for `invert`
+    accuracy: largest error of a block's solution, see `Choice`
+    """
+    device = cast(FlowBlock, model.flow_blocks[0]).project_in.weight.device
+    samples = torch.arange(batch, device=device)
+    choices = []
+    with torch.inference_mode():
+        told = Told(
+            model.condition(label, text, batch, device),
+            model.condition(None, None, batch, device),
+            guidance,
+        )
+        tokens = prior(model, seed, samples)
+        for module in reversed(model.flow_blocks):
+            block = cast(FlowBlock, module)
+            tokens, choice = _choose(block, tokens, told, tolerance, accuracy)
+            choices.append(choice)
+    return choices
+
+
+def _choose(
+    block: FlowBlock, w: Tensor, told: Told, tolerance: float, accuracy: float
+) -> tuple[Tensor, Choice]:
+    """The sequential solution of a block, and how to come to it sooner."""
+
+    def timed(strategy: Strategy, patience: float) -> tuple[Tensor | None, float]:
+        begin = _now(w.device)
+        solved = solve(block, w, told, strategy, tolerance=tolerance, clamp=None, patience=patience)
+        return (None if solved is None else solved[0]), _now(w.device) - begin
+
+    # The first time is slower: memory is new.
+    timed(SEQUENTIAL, math.inf)
+    exact, sequential = timed(SEQUENTIAL, math.inf)
+    assert exact is not None
+    best = Choice(SEQUENTIAL, sequential, sequential, 0.0)
+    size = exact.square().mean().sqrt()
+    for strategy in _candidates(block.shape.chain):
+        limit = best.seconds * (MARGIN if best.strategy == SEQUENTIAL else 1.0)
+        found, seconds = timed(strategy, limit)
+        if found is None or seconds > limit:
+            continue
+        error = float((found - exact).square().mean().sqrt() / size)
+        if error <= accuracy:
+            best = Choice(strategy, seconds, sequential, error)
+    return exact, best
+
+
+def _candidates(chain: int) -> Iterator[Strategy]:
+    """From all tokens at once down to a few."""
+    for group in (chain, *reversed(GROUPS)):
+        if group <= chain:
+            yield Strategy(group, sliding=group < chain)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
