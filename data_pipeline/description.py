@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.storage import read_whole
-from data_pipeline.storing import reason, write_text
+from data_pipeline.storing import read_if_there, write_text
 from flows.errors import UserError
 
 NAME = "dataset.json"
@@ -79,14 +78,9 @@ def folder_of(url: str) -> str:
 
 def read_description(folder: str) -> Description | None:
     """The description in a folder, None if there is none; raises UserError if it is damaged."""
-    try:
-        content = read_whole(f"{folder}/{NAME}")
-    except FileNotFoundError:
+    content = read_if_there(f"{folder}/{NAME}")
+    if content is None:
         return None
-    except OSError as error:
-        raise UserError(
-            f"{folder}/{NAME}: cannot be read ({reason(error)}); check your rights"
-        ) from error
     try:
         return Description.model_validate_json(content)
     except ValidationError as error:

@@ -36,8 +36,14 @@ from data_pipeline.encoders.texts import open_text_encoder
 from data_pipeline.index import look_at, signature_of
 from data_pipeline.moments import Moments
 from data_pipeline.shards import expand
-from data_pipeline.storage import resolve
-from data_pipeline.storing import sha256_of, write_text
+from data_pipeline.storing import (
+    names_in,
+    read_if_there,
+    remove_if_there,
+    sha256_of,
+    size_if_there,
+    write_text,
+)
 from flows.errors import UserError
 
 RECORDS = ".encoded"
@@ -120,10 +126,10 @@ def name_of(source: str) -> str:
 
 def read_done(out: str, name: str) -> Done | None:
     """How a shard was made; None if it is not finished, or its record is damaged."""
-    place = resolve(f"{out}/{RECORDS}/{name}.json")
+    content = read_if_there(f"{out}/{RECORDS}/{name}.json")
     try:
-        return Done.model_validate_json(place.storage.cat_file(place.path))
-    except (FileNotFoundError, ValidationError):
+        return None if content is None else Done.model_validate_json(content)
+    except ValidationError:
         return None
 
 
@@ -176,10 +182,7 @@ def _check(job: Job) -> None:
 
 
 def _names_done(job: Job) -> set[str]:
-    place = resolve(f"{job.out}/{RECORDS}")
-    place.storage.invalidate_cache()
-    found = place.storage.glob(f"{place.path}/*.json")
-    return {str(path).rpartition("/")[2].removesuffix(".json") for path in found}
+    return {name.removesuffix(".json") for name in names_in(f"{job.out}/{RECORDS}", "*.json")}
 
 
 def _current(job: Job, source: str) -> Done | None:
@@ -200,19 +203,13 @@ def _current(job: Job, source: str) -> Done | None:
 
 
 def _is_there(job: Job, source: str, old: Done) -> bool:
-    place = resolve(f"{job.out}/{name_of(source)}")
-    try:
-        return int(place.storage.info(place.path)["size"]) == old.shard.bytes
-    except FileNotFoundError:
-        return False
+    return size_if_there(f"{job.out}/{name_of(source)}") == old.shard.bytes
 
 
 def _make(job: Job, source: str) -> Done:
     """Encode a shard. Nothing says that it is there until it is, whole."""
     for url in (_record_of(job, source), f"{job.out}/{NAME}"):
-        place = resolve(url)
-        if place.storage.exists(place.path):
-            place.storage.rm_file(place.path)
+        remove_if_there(url)
     mark = signature_of(look_at(source))
     checksum = sha256_of(source)
     record = encode_shard(job, source, f"{job.out}/{name_of(source)}", mark, checksum)

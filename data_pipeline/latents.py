@@ -81,6 +81,7 @@ class LatentDecoder:
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
+        self.channels = latents.shape[0]
 
     def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:
         """Latents are read at once; raises BadImages for those damaged or of another shape."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -78,6 +79,18 @@ def list_shares(
         shares = [keys[slice(*share_of(batch, rank, ranks))] for rank in range(ranks)]
         listed.append(SharedOut(position, shares))
     return listed
+
+
+def check_memory(*, batch: int, channels: int, size: Size, batches: int) -> None:
+    """Raises UserError if so many batches of this rank are more than the machine's memory."""
+    needed = batches * batch * channels * size[0] * size[1] * 4
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"train.batch gives a rank {batch:,} samples, and {batches} such batches that lie ready need "
+            f"{needed / 2**30:,.0f} GiB, more than the {there / 2**30:,.0f} GiB of this machine; lower "
+            "train.batch or data.prefetch"
+        )
 
 
 class Share:
@@ -168,6 +181,8 @@ class Share:
 
     def _look_ahead(self, start: int) -> None:
         """Name what the next batches need, several at a time so that neighbours meet."""
+        if not self.stream.remote:
+            return
         with self._reading:
             if start != self._next:
                 self.stream.forget()
@@ -231,6 +246,9 @@ class Loader:
         prefetch: int,
         device: torch.device,
     ) -> None:
+        check_memory(
+            batch=-(-batch // ranks), channels=decoder.channels, size=size, batches=prefetch + 2
+        )
         self.stream = stream
         self.share = Share(
             stream,

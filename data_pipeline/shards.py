@@ -13,10 +13,20 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
-from data_pipeline.storage import Facts, access, call, describe, facts_of, patiently, resolve
+from data_pipeline.storage import (
+    Facts,
+    access,
+    call,
+    describe,
+    facts_of,
+    patiently,
+    remedy,
+    resolve,
+)
 from flows.errors import UserError
 
 EMBEDDED = "embedded:"
+CHECK = "check that the address is right, that its server runs, and your rights"
 # From so many named shards of a folder on, it is quicker to list the folder than to ask for each.
 LISTED_FROM = 16
 # Web servers have no listing to rely on.
@@ -39,6 +49,10 @@ def embedded_folder() -> Path:
     return Path(str(files("data_pipeline"))) / "embedded"
 
 
+def embedded_sets() -> list[str]:
+    return sorted(path.name for path in embedded_folder().iterdir() if path.is_dir())
+
+
 def expand(pattern: str) -> tuple[str, ...]:
     """Every shard that `pattern` names, sorted, each once; see `find`."""
     return tuple(shard.url for shard in find(pattern))
@@ -55,8 +69,15 @@ def find(pattern: str) -> tuple[Shard, ...]:
     found, missing = search(pattern)
     if missing:
         what = "no shard" if missing[0] == pattern else f"no shard {missing[0]}"
-        raise UserError(f"{pattern}: there is {what} at that place; check the path and the pattern")
+        raise UserError(f"{pattern}: there is {what} at that place; {_instead_of(pattern)}")
     return found
+
+
+def _instead_of(pattern: str) -> str:
+    if not pattern.startswith(EMBEDDED):
+        return "check the path and the pattern"
+    sets = " or ".join(embedded_sets())
+    return f"write embedded:SET/train-*.tar or embedded:SET/heldout-*.tar, where SET is {sets}"
 
 
 def search(pattern: str) -> tuple[tuple[Shard, ...], list[str]]:
@@ -75,7 +96,7 @@ def search(pattern: str) -> tuple[tuple[Shard, ...], list[str]]:
             missing += [] if shards else [name]
     except OSError as error:
         raise UserError(
-            f"{pattern}: cannot be listed ({describe(error)}); check address and rights"
+            f"{pattern}: cannot be listed ({describe(error)}); {remedy(error, CHECK)}"
         ) from error
     return tuple(found[url] for url in sorted(found)), sorted(missing)
 

@@ -31,6 +31,7 @@ CHANGE_MARKS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updat
 # Asking again would give the same answer.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 FINAL_BY_NAME = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"})
+NOT_FOUND = 404
 # Client errors (4xx) that ask to come again: timeout, too early, too many requests.
 PASSING_STATUS = (408, 425, 429)
 # Drivers have errors of their own that are no OSError. IndexError: s3fs 2026.9 loses the timeout of a
@@ -88,6 +89,10 @@ class Facts(NamedTuple):
 
 class GaveUp(OSError):
     """A request failed as often as it may, or in a way that will not pass."""
+
+
+class DriverError(OSError):
+    """A driver raised what is none of the errors that drivers are known to raise."""
 
 
 class ShortRead(OSError):
@@ -179,11 +184,27 @@ def facts_of(info: Mapping[str, Any]) -> Facts:
 
 def call(storage: Any, method: str, *arguments: Any, **keywords: Any) -> Any:
     """One request, within the time limit where the driver can be interrupted (all that use a network
-    asynchronously: s3, gs, abfs, http)."""
-    if isinstance(storage, AsyncFileSystem) and not storage.asynchronous:
-        coroutine = getattr(storage, f"_{method}")
-        return sync(storage.loop, coroutine, *arguments, timeout=_access.timeout, **keywords)
-    return getattr(storage, method)(*arguments, **keywords)
+    asynchronously: s3, gs, abfs, http).
+
+    Raises OSError or another of `passing_errors`, whatever the driver raised.
+    """
+    try:
+        if isinstance(storage, AsyncFileSystem) and not storage.asynchronous:
+            coroutine = getattr(storage, f"_{method}")
+            return sync(storage.loop, coroutine, *arguments, timeout=_access.timeout, **keywords)
+        return getattr(storage, method)(*arguments, **keywords)
+    except FileNotFoundError as error:
+        # The http driver says so whatever went wrong.
+        cause = error.__cause__
+        if cause is None or not type(cause).__module__.startswith("aiohttp"):
+            raise
+        if getattr(cause, "status", None) == NOT_FOUND:
+            raise
+        raise cause from error
+    except passing_errors():
+        raise
+    except Exception as error:
+        raise DriverError(describe(error)) from error
 
 
 def patiently(request: Callable[[], T], *, attempts: int | None = None) -> T:
@@ -227,6 +248,16 @@ def describe(error: BaseException) -> str:
     for secret in _access.hidden:
         words = words.replace(secret, "***")
     return words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + " ..."
+
+
+def remedy(error: BaseException, otherwise: str) -> str:
+    """What a person can do about an error of a storage."""
+    if type(error.__cause__ or error).__name__ in FINAL_BY_NAME:
+        return (
+            "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name variables in "
+            "data.storage.options (docs/data.md, Credentials)"
+        )
+    return otherwise
 
 
 def _is_final(error: BaseException) -> bool:

@@ -3,18 +3,21 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from data_pipeline.storage import resolve
+from data_pipeline.storage import call, describe, passing_errors, patiently, remedy, resolve
 from flows.errors import UserError
+
+T = TypeVar("T")
 
 CHUNK = 4 << 20
 SHOWN = 200  # characters of what a library says
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What a library says is wrong, cut to a part of one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].partition(". ")[0].strip(" .")[:SHOWN]
@@ -42,10 +45,11 @@ def written_whole(url: str) -> Iterator[Path]:
             temporary.chmod(0o644)
             temporary.replace(target)
         else:
-            place.storage.put_file(name, place.path)
+            # The driver itself has no time limit: a large file takes as long as it takes.
+            patiently(lambda: place.storage.put_file(name, place.path))
     except OSError as error:
         raise UserError(
-            f"{url}: cannot be written ({reason(error)}); check space and rights"
+            f"{url}: cannot be written ({reason(error)}); {remedy(error, 'check space and rights')}"
         ) from error
     finally:
         if temporary is not None:
@@ -65,8 +69,50 @@ def sha256_of(url: str) -> str:
         with place.storage.open(place.path, "rb") as stream:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
-    except OSError as error:
+    except passing_errors() as error:
         raise UserError(
-            f"{url}: cannot be read ({reason(error)}); check that it is still there"
+            f"{url}: cannot be read ({describe(error)}); check that it is still there"
         ) from error
     return digest.hexdigest()
+
+
+def read_if_there(url: str) -> bytes | None:
+    """A small file, or None; raises UserError if the storage does not answer."""
+    place = resolve(url)
+    return _if_there(url, lambda: bytes(call(place.storage, "cat_file", place.path)))
+
+
+def size_if_there(url: str) -> int | None:
+    """Bytes of a file, or None; raises UserError if the storage does not answer."""
+    place = resolve(url)
+    place.storage.invalidate_cache()
+    return _if_there(url, lambda: int(call(place.storage, "info", place.path)["size"]))
+
+
+def remove_if_there(url: str) -> None:
+    """Raises UserError if the storage refuses it."""
+    place = resolve(url)
+    if size_if_there(url) is not None:
+        _if_there(url, lambda: call(place.storage, "rm_file", place.path))
+
+
+def names_in(folder: str, pattern: str) -> list[str]:
+    """Names of the files in a folder that fit a pattern; none where there is no folder.
+
+    Raises UserError if the storage does not answer.
+    """
+    place = resolve(folder)
+    place.storage.invalidate_cache()
+    found = _if_there(folder, lambda: call(place.storage, "glob", f"{place.path}/{pattern}"))
+    return sorted(str(path).rpartition("/")[2] for path in found or [])
+
+
+def _if_there(url: str, request: Callable[[], T]) -> T | None:
+    try:
+        return patiently(request)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{url}: cannot be reached ({describe(error)}); {remedy(error, 'check address and rights')}"
+        ) from error

@@ -62,6 +62,7 @@ class Stream:
     samples: in an epoch of all together
     tolerate: which faults of theirs to live with
     text: the embedded captions that samples come with; None: without
+    remote: some shards are not files of this machine, and are better asked for beforehand
     fingerprint: names what the order depends on; equal fingerprints mean equal orders
     """
 
@@ -82,7 +83,7 @@ class Stream:
         self.order = MixedOrder(sizes, weights, seed=seed, lanes=lanes, window=window)
         self.epochs = [order.samples for order in self.order.orders]
         self.samples = sum(self.epochs)
-        self._remote = any(
+        self.remote = any(
             one.contents.is_remote(shard) for one in sets for shard in range(len(one.contents.urls))
         )
         facts = [
@@ -126,9 +127,6 @@ class Stream:
 
     def expect(self, positions: Tensor) -> None:
         """Name (batch,) positions that will be asked for soon."""
-        # Local shards have nothing to ask for beforehand, and finding the samples twice costs time.
-        if not self._remote:
-            return
         located = self.locate(positions)
         for one, mine in self._by_set(located):
             one.contents.expect(located.shard[mine], located.sample[mine])

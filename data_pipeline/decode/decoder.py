@@ -15,10 +15,12 @@ from flows.errors import UserError
 class Decoder(Protocol):
     """Image files to one tensor, in two steps: what is seen may depend on sizes.
 
+    channels: of the images it makes
     redecoded: images so far that it could decode only in a second way
     """
 
     name: str
+    channels: int
     redecoded: int
 
     def open(self, contents: Sequence[bytes], names: Sequence[str]) -> list[Picture]:

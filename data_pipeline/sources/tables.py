@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.description import Description, folder_of
 from data_pipeline.shards import expand
 from data_pipeline.sources.source import Sample, image_extension, number_classes
-from data_pipeline.storage import resolve
+from data_pipeline.storage import call, passing_errors, resolve
 from data_pipeline.storing import reason
 from flows.errors import UserError
 
@@ -80,7 +80,7 @@ def open_table(url: str, texts: Sequence[str]) -> TableFile:
                 table = csv.read_csv(stream, parse_options=parse, convert_options=convert)
             else:
                 table = json.read_json(stream)
-    except (OSError, arrow.ArrowException) as error:
+    except (*passing_errors(), arrow.ArrowException) as error:
         raise UserError(
             f"{url}: the table cannot be read ({reason(error)}); write it again"
         ) from error
@@ -166,8 +166,8 @@ def _content(value: Any, url: str, name: str) -> bytes:
     elsewhere = value.startswith("/") or "://" in value
     place = resolve(value if elsewhere else f"{folder_of(url)}/{value}")
     try:
-        content: bytes = place.storage.cat_file(place.path)
-    except OSError as error:
+        content: bytes = call(place.storage, "cat_file", place.path)
+    except passing_errors() as error:
         raise UserError(
             f"{name}: its image {value} cannot be read ({reason(error)}); correct the row"
         ) from error

@@ -256,6 +256,11 @@ def test_a_batch_smaller_than_the_ranks_is_refused(shards):
         loader(shards([9]), batch=2, rank=0, ranks=3)
 
 
+def test_a_batch_larger_than_the_memory_is_refused(shards):
+    with pytest.raises(UserError, match=r"train\.batch gives a rank 50,000,000,000 samples.*lower"):
+        loader(shards([9]), batch=10**11, rank=0, ranks=2)
+
+
 def test_a_data_set_smaller_than_a_batch_repeats_within_it(shards):
     with loader(shards([2, 1]), batch=7) as batches:
         assert sorted(numbers(next(batches))[:6]) == [0, 0, 1, 1, 2, 2]

@@ -5,11 +5,19 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import pytest
 
 from data_pipeline import storage
 from data_pipeline.credentials import check_address, check_options, reveal
 from data_pipeline.shards import expand
+from data_pipeline.storing import (
+    names_in,
+    read_if_there,
+    remove_if_there,
+    size_if_there,
+    write_text,
+)
 from flows.errors import UserError
 from tests.data_pipeline.conftest import reach
 
@@ -197,3 +205,75 @@ def test_a_chained_address_keeps_its_chain(tmp_path):
     place.storage.pipe_file(place.path, b"0123456789")
     assert expand("simplecache::memory://chain/*.tar") == ("simplecache::memory:///chain/a.tar",)
     assert storage.fetch("simplecache::memory:///chain/a.tar", 2, 5) == b"234"
+
+
+def test_a_connection_that_is_refused_is_no_missing_shard():
+    pytest.importorskip("aiohttp")
+    reach(attempts=1)
+    with pytest.raises(
+        UserError, match=r"a\.tar: cannot be listed \(Cannot connect .*its server runs"
+    ):
+        expand("http://127.0.0.1:9/a.tar")
+
+
+def test_a_web_server_that_forbids_hides_no_shard_and_one_without_it_does(monkeypatch):
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_): ...
+
+    with web_server(Answer) as url:
+        status = 403
+        with pytest.raises(UserError, match=r"a\.tar: cannot be listed \(403"):
+            expand(url)
+        status = 404
+        with pytest.raises(UserError, match=r"a\.tar: there is no shard at that place"):
+            expand(url)
+
+
+def test_whatever_a_driver_raises_is_a_sentence():
+    class Odd(fsspec.AbstractFileSystem):
+        protocol = "odd"
+
+        def info(self, path, **_):
+            raise LookupError("the moon is full")
+
+    fsspec.register_implementation("odd", Odd, clobber=True)
+    reach(attempts=1)
+    with pytest.raises(
+        UserError, match=r"odd://x/a\.tar: cannot be listed \(the moon is full\); check"
+    ):
+        expand("odd://x/a.tar")
+
+
+def test_embedded_sets_are_named_to_who_misses_them():
+    for pattern in ("embedded:digits8", "embedded:digits9/*.tar", "embedded:digits8/test-*.tar"):
+        with pytest.raises(
+            UserError, match=r"embedded:SET/train-\*\.tar .* digits28 or digits8 or"
+        ):
+            expand(pattern)
+
+
+def test_storage_without_credentials_says_how_to_give_them(monkeypatch, tmp_path):
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    # No file of the machine, and nobody to ask for an instance's role.
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    reach(options={"s3": {"endpoint_url": "http://127.0.0.1:9"}})
+    says = r"Unable to locate credentials\); export AWS_ACCESS_KEY_ID"
+    with pytest.raises(UserError, match=rf"s3://bucket/\*\.tar: cannot be listed \({says}"):
+        expand("s3://bucket/*.tar")
+    with pytest.raises(UserError, match=rf"s3://bucket/a: cannot be written \({says}"):
+        write_text("s3://bucket/a", "text")
+    for ask in (read_if_there, size_if_there, remove_if_there):
+        with pytest.raises(UserError, match=rf"s3://bucket/a: cannot be reached \({says}"):
+            ask("s3://bucket/a")
+    with pytest.raises(UserError, match=rf"s3://bucket/out: cannot be reached \({says}"):
+        names_in("s3://bucket/out", "*.json")
