@@ -5,6 +5,7 @@ Radius 2, standard deviation 0.15; a SiLU network of three layers of 192; 4,000 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Network(nn.Module):
         super().__init__()
         self.labels = CLASSES + 1 if labelled else 0
         sizes = (dimensions + 1 + self.labels, WIDTH, WIDTH, WIDTH, dimensions)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         told = [x.flatten(1), t[:, None]]
@@ -102,7 +103,9 @@ class Trained:
     def carry(self, noise: Tensor, steps: int, solver: OdeSolver = "euler") -> Tensor:
         """Where the ODE brings noise."""
         support = self.objective.path.support(self.objective.prediction, sampling=True)
-        return solve_ode(self.field, noise, time_grid(steps, support.low, support.high, 1.0), solver)
+        return solve_ode(
+            self.field, noise, time_grid(steps, support.low, support.high, 1.0), solver
+        )
 
 
 def objective(path: Path = LINEAR, label_drop: float = 1.0, **options: object) -> FlowMatching:
@@ -146,7 +149,7 @@ def train(
     if start is None:
         initialise(network, seed)
     average = [weight.detach().clone() for weight in network.parameters()]
-    weights = list(network.parameters())
+    weights: list[Tensor] = list(network.parameters())
     optimizer = torch.optim.Adam(weights, lr=RATE, fused=True)
     for step in range(steps):
         if step % CHUNK == 0:

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.errors import UserError
+
 if TYPE_CHECKING:
     from benchmarks.loader import Comparison
 
@@ -154,6 +156,37 @@ def loader(
         typer.echo(json.dumps(asdict(result) | {"goals": goals}))
         return
     _print_comparison(result)
+
+
+@app.command()
+def papers(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Checks to run; all if none is named.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, data and noise.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Claims of papers on eight Gaussians: what was asked for, what was found. Minutes on one core."""
+    import torch
+
+    from benchmarks.papers import CHECKS, measure
+
+    if unknown := sorted(set(only or []) - CHECKS.keys()):
+        raise UserError(f"there is no check {unknown[0]}; use {', '.join(CHECKS)}.")
+    torch.set_num_threads(1)  # of so small a network a second thread only waits
+    console = Console(stderr=True)
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    rows = measure(only or list(CHECKS), seed, note)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table("paper", "claim", "gate", "measured", "", title=f"eight Gaussians, seed {seed}")
+    for row in rows:
+        table.add_row(row.paper, row.claim, row.gate, row.measured, "met" if row.met else "missed")
+    Console().print(table)
 
 
 def _print_comparison(result: "Comparison") -> None:

@@ -25,8 +25,8 @@ class Prepared:
 
 
 # (batch, whole, seed, step) -> batch with what the samples of the global batch `whole` make of each
-# other in its extras. `whole` holds all samples of the step in the order of their positions,
-# whichever rank has them, so that no layout changes a pairing.
+# other in its extras. `whole` holds image, label and position of all samples of the step in the order
+# of their positions, whichever rank has them, so that no layout changes a pairing.
 Couple = Callable[[Batch, Batch, int, int], Batch]
 
 

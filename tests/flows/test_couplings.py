@@ -253,3 +253,16 @@ def test_others_of_one_class_are_any_others():
         assert set(column.tolist()) == set(range(5)) - {i}
     alone = other_samples(torch.tensor([4]), torch.tensor([0]), torch.tensor([0.3]))
     assert alone.tolist() == [0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [*KINDS, "weighted"])
+def test_the_same_pairs_on_a_gpu(kind):
+    data, noise = sets(64)
+    here = couple(kind, data, noise)
+    samples = torch.arange(64, device="cuda")
+    there = Coupling(kind, 0.5, 0)(data.cuda(), noise.cuda(), Draw(7, 0, samples))
+    assert torch.equal(there.noise.cpu(), here.noise)
+    if kind == "weighted":
+        assert torch.allclose(there.weight.cpu(), here.weight, rtol=1e-5)

@@ -213,3 +213,32 @@ def test_it_is_a_value():
     assert objective() == objective()
     with pytest.raises(dataclasses.FrozenInstanceError):
         objective().label_drop = 0.5
+
+
+@EVERY_PATH
+def test_conditional_and_marginal_gradients_are_the_same(path):
+    """Of data that are eight atoms: at any x_t the mean of the gradients of |v - u(x_t | x1)|^2, each atom
+    weighted by its posterior, is the gradient of |v - u_t(x_t)|^2, u_t the marginal velocity."""
+    chosen = objective(path, label_drop=0.0)
+    atoms = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for time in (0.2, 0.5, 0.9):
+        x = torch.randn(
+            3, generator=torch.Generator().manual_seed(int(10 * time)), dtype=torch.float64
+        )
+        t = torch.full((8,), time, dtype=torch.float64)
+        points = x.expand(8, 3)
+        noise = chosen.path.data_to_noise(atoms, points, t)
+        posterior = torch.softmax(-noise.square().sum(1) / 2, 0)
+        velocity = (weights @ torch.cat((x, t[:1]))).expand(8, 3)
+        targets = {"prediction": chosen.path.interpolate(atoms, noise, t).velocity}
+        conditional = (velocity - targets["prediction"]).square().mean(1) @ posterior
+        mean = (posterior @ atoms)[None]
+        marginal = chosen.path.data_to_velocity(mean, x[None], t[:1])
+        whole = (velocity[:1] - marginal).square().mean()
+        ours, theirs = (
+            torch.autograd.grad(loss, weights, retain_graph=True)[0]
+            for loss in (conditional, whole)
+        )
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+        assert conditional > whole  # by the conditional variance
