@@ -11,6 +11,7 @@ from flows.errors import UserError
 from flows.mixture import to_image
 from flows.models.dequantised import Dequantised
 from flows.models.jet import Jet
+from flows.models.tarflow import TarFlow
 from flows.objectives.flow_matching import FlowMatching
 from flows.randomness import Draw
 from flows.samplers.denoise import denoise_by_score
@@ -23,6 +24,7 @@ from trainer.asked import ask
 from trainer.assembly import build_discrete, build_flow_matching
 from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.latents import to_images
+from trainer.prior import measured_variance
 from trainer.recipe import Recipe, SampleSection
 from trainer.token_sections import JumpSection
 
@@ -145,9 +147,12 @@ def _invert(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor)
         calls = 1.0
     else:
         chains = cast(AutoregressiveFlow, flow)
+        variance = None
+        if isinstance(flow, TarFlow) and flow.config.volume_preserving:
+            variance = measured_variance(flow, recipe, ids.device)
         inverted = invert(
             chains,
-            prior(chains, recipe.seed, ids),
+            prior(chains, recipe.seed, ids, variance),
             **condition,
             strategy=_strategy(section),
             guidance=FlowGuidance(

@@ -22,6 +22,25 @@ TINY: dict[str, dict[str, Any]] = {
         "objective": {"noise": 0.1, "dequantisation": "none"},
         "sample": {"guidance": 1.0, "strategy": "gs_jacobi", "group": 2, "tolerance": 0.0},
     },
+    "volume-preserving": {
+        "model": {
+            "family": "tarflow", "patch": 4, "width": 32, "flow_blocks": 2, "layers": 1, "head_width": 16,
+            "volume_preserving": True,
+        },
+        "objective": {"noise": 0.1, "dequantisation": "none"},
+    },
+    "mmdit": {
+        "model": {
+            "family": "mmdit", "patch": 2, "width": 32, "double_depth": 1, "single_depth": 1, "heads": 2,
+        },
+        "data": {
+            "train": "embedded:emoji32-latents/train-{000000..000001}.tar",
+            "heldout": "embedded:emoji32-latents/heldout-000000.tar",
+            "latents": True, "autoencoder": "embedded:emoji32-autoencoder", "channels": 8, "classes": 9,
+            "text": {"member": "text.npy", "tokens": 6, "width": 64},
+        },
+        "sample": {"steps": 3, "guidance": 2.0},
+    },
     "starflow": {
         "model": {"family": "starflow", "patch": 4, "width": 48, "layers": [1, 2], "head_width": 24},
         "objective": {"power": 1e-4},
@@ -46,7 +65,7 @@ def recipe(name: str, folder: Path) -> Recipe:
         "data": {
             "train": "embedded:digits8/train-{000000..000001}.tar", "image_size": 8, "channels": 1,
             "classes": 10, "decoder": "pillow", "window": 16,
-        },
+        } | own.get("data", {}),
         "model": own["model"],
         "objective": own.get("objective", {}),
         "optimizer": {"lr": 1e-3, "warmup": 5},
