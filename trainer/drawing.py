@@ -1,7 +1,9 @@
 """From a model to samples of it, by whatever its family and the recipe ask for."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +21,7 @@ from flows.samplers.discrete import sample_tokens
 from flows.samplers.guidance import Condition, Velocity, null_condition
 from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, invert, prior
 from flows.samplers.inversion_guidance import FlowGuidance
+from flows.samplers.inversion_search import choose_strategy
 from flows.samplers.sampler import Sampled, sample
 from trainer.asked import ask
 from trainer.assembly import build_discrete, build_flow_matching
@@ -29,6 +32,8 @@ from trainer.recipe import Recipe, SampleSection
 from trainer.token_sections import JumpSection
 
 EVERY_TOKEN = 2**31  # a group that no chain is longer than
+
+Draws = Callable[[Condition, Tensor], Sampled]
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,25 @@ def draw_samples(
     batch: samples in one network call
     as_images: of latents, what their autoencoder makes of them; else the latents
     """
-    draw = {SampleSection: _integrate, JumpSection: _jump}.get(type(recipe.sample), _invert)
     asked, images, calls = ask(recipe, ids), [], []
-    for part in torch.arange(len(ids)).split(batch):
-        condition = asked.take(part).condition(device)
-        drawn = draw(model, recipe, condition, ids[part].to(device))
+    parts = torch.arange(len(ids)).split(batch)
+    draw = _way(model, recipe, asked.take(parts[0]).condition(device))
+    for part in parts:
+        drawn = draw(asked.take(part).condition(device), ids[part].to(device))
         made = drawn.sample
         images.append(to_images(recipe, made, device) if as_images else made.cpu())
         calls.append(drawn.network_calls)
     return Samples(torch.cat(images), asked.labels, torch.cat(calls).cpu())
+
+
+def _way(model: nn.Module, recipe: Recipe, first: Condition) -> Draws:
+    """How the recipe's samples are drawn: a function of what they are asked to be and their ids.
+
+    first: of the first batch
+    """
+    if isinstance(recipe.sample, InversionSection):
+        return _inversion(model, recipe, first)
+    return partial(_jump if isinstance(recipe.sample, JumpSection) else _integrate, model, recipe)
 
 
 def _integrate(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -> Sampled:
@@ -132,48 +147,84 @@ def _jump(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -
     return Sampled(to_image(drawn.tokens, objective.path.levels, shape), drawn.network_calls)
 
 
-def _invert(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -> Sampled:
-    """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
+def _inversion(model: nn.Module, recipe: Recipe, first: Condition) -> Draws:
+    """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training.
+
+    What all batches share is found out here, on conditions like those of the `first`.
+    """
     objective, section = recipe.objective, recipe.sample
     assert isinstance(objective, LikelihoodSection)
     assert isinstance(section, InversionSection)
     # What a dequantiser adds is there to be trained with; the flow itself makes images.
     flow = model.flow if isinstance(model, Dequantised) else model
-    if isinstance(flow, Jet):
-        shape = (flow.config.tokens, flow.config.features)
-        x = flow.inverse(
-            Draw(recipe.seed, 0, ids).normal("sample_noise", shape), condition["label"]
-        )
-        calls = 1.0
-    else:
-        chains = cast(AutoregressiveFlow, flow)
-        variance = None
-        if isinstance(flow, TarFlow) and flow.config.volume_preserving:
-            variance = measured_variance(flow, recipe, ids.device)
+    back = (
+        partial(_uncouple, flow, recipe.seed)
+        if isinstance(flow, Jet)
+        else _chains(flow, recipe, section, first)
+    )
+
+    def draw(condition: Condition, ids: Tensor) -> Sampled:
+        x, calls = back(condition, ids)
+        if objective.noise and section.denoise:
+            clean = denoise_by_score(
+                flow, x, condition, noise=objective.noise, scale=section.denoise
+            )
+            x, calls = clean.sample, calls + clean.network_calls
+        return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
+
+    return draw
+
+
+def _uncouple(flow: Jet, seed: int, condition: Condition, ids: Tensor) -> tuple[Tensor, float]:
+    shape = (flow.config.tokens, flow.config.features)
+    return flow.inverse(Draw(seed, 0, ids).normal("sample_noise", shape), condition["label"]), 1.0
+
+
+def _chains(
+    flow: nn.Module, recipe: Recipe, section: InversionSection, first: Condition
+) -> Callable[[Condition, Tensor], tuple[Tensor, float]]:
+    """Images of autoregressive flows and their network calls, as a function of condition and ids."""
+    chains = cast(AutoregressiveFlow, flow)
+    variance = None
+    if isinstance(flow, TarFlow) and flow.config.volume_preserving:
+        variance = measured_variance(flow, recipe, first["label"].device)
+    guidance = FlowGuidance(
+        weight=section.guidance,
+        form=section.form,
+        parts=section.parts,
+        annealed=section.annealed,
+        temperature=section.temperature,
+    )
+
+    def back(condition: Condition, ids: Tensor) -> tuple[Tensor, float]:
         inverted = invert(
             chains,
             prior(chains, recipe.seed, ids, variance),
             **condition,
-            strategy=_strategy(section),
-            guidance=FlowGuidance(
-                weight=section.guidance,
-                form=section.form,
-                parts=section.parts,
-                annealed=section.annealed,
-                temperature=section.temperature,
-            ),
+            strategy=strategies,
+            guidance=guidance,
             tolerance=section.tolerance,
             clamp=section.clamp,
         )
-        x, calls = inverted.x, inverted.network_calls
-    if objective.noise and section.denoise:
-        clean = denoise_by_score(flow, x, condition, noise=objective.noise, scale=section.denoise)
-        x, calls = clean.sample, calls + clean.network_calls
-    return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
+        return inverted.x, inverted.network_calls
+
+    strategies: Strategy | list[Strategy] = _strategy(section)
+    if section.strategy == "auto":
+        choices = choose_strategy(
+            chains,
+            len(first["label"]),
+            first["label"],
+            first.get("text"),
+            guidance=guidance,
+            tolerance=section.tolerance,
+            accuracy=section.accuracy,
+        )
+        strategies = [choice.strategy for choice in choices]
+    return back
 
 
 def _strategy(section: InversionSection) -> Strategy:
-    if section.strategy == "sequential":
+    if section.strategy in ("sequential", "auto"):
         return SEQUENTIAL
     group = EVERY_TOKEN if section.strategy == "jacobi" else section.group
     return Strategy(group, section.iterations, sliding=section.strategy == "sliding")

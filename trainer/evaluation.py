@@ -74,7 +74,7 @@ class Evaluation:
 
 
 def _figure(value: float | None) -> str:
-    return "too few" if value is None else f"{value:.4f}"
+    return "too few" if value is None else f"{value:.4g}"
 
 
 def train_classifier(

@@ -57,8 +57,13 @@ class InversionSection(AnySampling):
         1.0,
         description="of the attention that guidance leads away from; not 1: without classes, too",
     )
-    strategy: Literal["sequential", "jacobi", "gs_jacobi", "sliding"] = Field(
-        "sequential", description="how tokens are solved for, see `flows.samplers.inversion`"
+    strategy: Literal["sequential", "jacobi", "gs_jacobi", "sliding", "auto"] = Field(
+        "sequential",
+        description="how tokens are solved for, see `flows.samplers.inversion`; auto: what is fastest on "
+        "this machine for batches of this size, tried first",
+    )
+    accuracy: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="auto: largest relative error of a block that is put up with"
     )
     group: Annotated[int, Field(ge=2, lt=2**31)] = Field(
         16, description="gs_jacobi, sliding: tokens solved for together"

@@ -67,7 +67,7 @@ def test_the_record_is_json_and_a_table(real: Evaluation) -> None:
     assert (energy["samples"], energy["real"]) == of(real.distances, "energy")
     text = " ".join(" ".join(row) for row in real.rows())
     assert f"{real.classes.accuracy:.1%}" in text
-    assert f"{energy['samples']:.4f}" in text
+    assert f"{energy['samples']:.4g}" in text
     worst = replace(real.classes, per_class=dict.fromkeys(NAMES, 1.0) | {"digit 7": 0.25})
     assert "digit 7: 25.0%" in str(replace(real, classes=worst).rows())
 
