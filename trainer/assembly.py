@@ -30,7 +30,7 @@ from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
-from trainer.recipe import Recipe, SampleSection
+from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
 from trainer.token_sections import DiscreteSection
@@ -38,6 +38,7 @@ from trainer.velocity_sections import (
     BaseSection,
     BoundarySection,
     ObjectiveSection,
+    SampleSection,
     TimeSection,
 )
 

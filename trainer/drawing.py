@@ -28,8 +28,9 @@ from trainer.assembly import build_discrete, build_flow_matching
 from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.latents import to_images
 from trainer.prior import measured_variance
-from trainer.recipe import Recipe, SampleSection
+from trainer.recipe import Recipe
 from trainer.token_sections import JumpSection
+from trainer.velocity_sections import SampleSection
 
 EVERY_TOKEN = 2**31  # a group that no chain is longer than
 

@@ -10,8 +10,8 @@ from flows.samplers.steps import optimal_steps, step_costs
 from trainer.asked import ask
 from trainer.assembly import build_flow_matching
 from trainer.drawing import velocity_of
-from trainer.recipe import SampleSection
 from trainer.trained import Trained, batches
+from trainer.velocity_sections import SampleSection
 
 # As the paper has them: a grid of 100 steps, and the mean over 100 trajectories.
 FINE, TRAJECTORIES = 100, 100

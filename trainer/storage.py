@@ -4,7 +4,8 @@ from pathlib import Path
 
 from data_pipeline import storage
 from data_pipeline.credentials import reveal
-from trainer.recipe import Recipe, StorageSection
+from trainer.data_sections import StorageSection
+from trainer.recipe import Recipe
 
 
 def reach_storage(recipe: Recipe) -> None:

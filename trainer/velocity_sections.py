@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.section import AnyObjective, Fraction, Positive, Section
+from trainer.section import AnyObjective, AnySampling, Fraction, Positive, Section
 
 NotNegative = Annotated[float, Field(ge=0.0)]
 Above0 = Annotated[float, Field(gt=0.0)]
@@ -123,5 +123,49 @@ class ObjectiveSection(AnyObjective):
             raise ValueError(
                 f"coupling.kind = {coupling.kind} needs a scale of distances; set "
                 "objective.coupling.epsilon, in units of squared distance, or objective.bridge"
+            )
+        return self
+
+
+class SampleSection(AnySampling):
+    """Of a velocity model: solving its differential equation."""
+
+    solver: Literal[
+        "euler", "heun", "midpoint", "rk4", "pseudo_corrector", "dopri5", "sde", "sde_heun"
+    ] = "euler"
+    steps: Positive = Field(20, description="solver steps from noise to data")
+    times: list[float] | None = Field(
+        None, description="in place of steps and time_shift: times from 0, noise, to 1"
+    )
+    guidance_low: Fraction = Field(0.0, description="guided where low <= t < high")
+    guidance_high: Fraction = 1.0
+    guidance_channels: Positive | None = Field(
+        None, description="guide the first channels alone, DiT the first 3; null: all"
+    )
+    guidance_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = Field(
+        None, description="guide a sample until both velocities are this alike; null: to the end"
+    )
+    diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "bump"] = "sigma"
+    diffusion_scale: Annotated[float, Field(ge=0)] = 1.0
+    diffusion_last: Literal["tweedie", "mean", "euler"] = Field(
+        "tweedie",
+        description="the last step, without noise: to the mean of the data, by the drift "
+        "or by the velocity",
+    )
+    time_shift: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != 1.0
+
+    def in_words(self) -> str:
+        return f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}"
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> "SampleSection":
+        if self.guidance_low >= self.guidance_high:
+            raise ValueError(
+                f"sample.guidance_low = {self.guidance_low} is not below sample.guidance_high = "
+                f"{self.guidance_high}; lower it, for guidance acts where low <= t < high"
             )
         return self
