@@ -20,13 +20,18 @@ FINE, TRAJECTORIES = 100, 100
 def choose_times(trained: Trained, steps: int, *, batch: int) -> list[float]:
     """`sample.times` of so many steps, with the guidance of the recipe; see `flows.samplers.steps`.
 
-    Raises UserError for a model that is not a velocity, or more steps than the fine grid has.
+    Raises UserError for a model or a solver without steps to choose, or more than the fine grid has.
     """
     recipe, section = trained.recipe, trained.recipe.sample
     if not isinstance(section, SampleSection):
         raise UserError(
             f"model.family = {recipe.model.family} is sampled without time steps, so that there are none "
             "to choose; drop --optimise-steps"
+        )
+    if section.solver == "dopri5":
+        raise UserError(
+            "sample.solver = dopri5 takes steps of its own, so that there are none to choose; use euler, "
+            "or drop --optimise-steps"
         )
     objective, data = build_flow_matching(recipe), recipe.data
     support = objective.path.support(objective.prediction, sampling=True)

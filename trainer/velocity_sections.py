@@ -159,7 +159,8 @@ class SampleSection(AnySampling):
         return self.guidance != 1.0
 
     def in_words(self) -> str:
-        return f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}"
+        steps = self.steps if self.times is None else len(self.times) - 1
+        return f"{self.solver}, {steps} steps, guidance {self.guidance:g}"
 
     @model_validator(mode="after")
     def _an_interval(self) -> "SampleSection":
