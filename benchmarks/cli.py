@@ -16,6 +16,7 @@ from flows.errors import UserError
 
 if TYPE_CHECKING:
     from benchmarks.loader import Comparison
+    from benchmarks.sampling import SamplingCost
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this trainer.")
 
@@ -187,6 +188,67 @@ def papers(
     for row in rows:
         table.add_row(row.paper, row.claim, row.gate, row.measured, "met" if row.met else "missed")
     Console().print(table)
+
+
+def sampling(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe of a TarFlow or a STARFlow, to be trained first.")
+    ] = "tarflow_digits",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it; where none are given, 64 tokens and 600 steps."),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="The folder of a trained run instead.")] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Samples a batch.")] = [1, 4, 16, 64],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every way.")] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 512,
+    group: Annotated[int, typer.Option(min=2, help="Tokens of a group of GS-Jacobi.")] = 16,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these."""
+    from benchmarks.sampling import measure_run, train_and_measure
+    from trainer.recipe import load_recipe
+
+    console = Console(stderr=True)
+    how = {"batches": batch, "rounds": rounds, "samples": samples, "group": group}
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    if run is not None:
+        result = measure_run(run, note, **how, tolerance=tolerance)
+    else:
+        chosen = load_recipe(recipe, overrides or ["model.patch=2", "train.steps=600"])
+        result = train_and_measure(chosen, note, **how, tolerance=tolerance)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    _print_sampling(result)
+
+
+def _print_sampling(result: "SamplingCost") -> None:
+    batches = list(result.ways[0].seconds)
+    title = f"{result.model} on {result.device}, {result.threads} threads; {result.samples} samples judged"
+    table = Table(
+        "way",
+        *(f"batch {size}" for size in batches),
+        "calls",
+        "difference",
+        "distance",
+        title=title,
+    )
+    for way in result.ways:
+        times = (
+            f"{way.seconds[size] * 1e3:.0f} ms, {result.speedup(way.name, size):.2f}x"
+            for size in batches
+        )
+        judged = f"{way.network_calls:.1f}", f"{way.difference:.1e}", f"{way.distance:.4f}"
+        table.add_row(way.name, *times, *judged)
+    choices = Table("batch", "tokens of a group, the top block first (1: sequential)")
+    for size, found in result.choices.items():
+        choices.add_row(str(size), ", ".join(str(choice.strategy.group) for choice in found))
+    Console().print(table, choices)
 
 
 def _print_comparison(result: "Comparison") -> None:

@@ -41,8 +41,8 @@ def judge_run(
     if samples is None:
         return None
     reach_storage(recipe)
-    train = _read(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
-    heldout = _read(recipe, [recipe.data.heldout], None)
+    train = read_real(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
+    heldout = read_real(recipe, [recipe.data.heldout], None)
     objective = measured_objective(recipe)
     bits = None
     if objective is not None:
@@ -55,7 +55,7 @@ def judge_run(
     return samples, found
 
 
-def _read(
+def read_real(
     recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
 ) -> tuple[Tensor, Tensor]:
     """All images, or latents, and labels of `shards`, decoded as the training decodes them.

@@ -1,0 +1,299 @@
+"""Ways to sample a normalizing flow on this machine: sequentially, by parallel iterations, automatically.
+
+All carry the same noise through the same trained flow, so they differ in time, in network calls, and in
+how exactly they solve for the samples: by the root of the mean square difference from the sequential
+ones, and by the energy distance to held-out images. Ways take turns, so that a machine that slows down
+slows all of them.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flows.errors import UserError
+from flows.metrics.energy import energy_distance
+from flows.models.autoregressive import FlowBlock
+from flows.models.dequantised import Dequantised
+from flows.models.starflow import STARFlow
+from flows.models.tarflow import TarFlow
+from flows.samplers.denoise import denoise_by_score
+from flows.samplers.inversion import (
+    SEQUENTIAL,
+    AutoregressiveFlow,
+    Inverted,
+    Strategy,
+    invert,
+    prior,
+)
+from flows.samplers.inversion_guidance import FlowGuidance
+from flows.samplers.inversion_search import Choice, choose_strategy
+from parallel.processes import choose_device
+from trainer.asked import ask
+from trainer.flow_sections import InversionSection, LikelihoodSection
+from trainer.judging import read_real
+from trainer.recipe import Recipe, override_recipe
+from trainer.run_folder import RunFolder, open_run
+from trainer.running import run_training
+from trainer.trained import load_trained
+
+Ways = Mapping[str, Strategy | list[Strategy]]
+
+CHUNK = 512
+JUDGED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to sample.
+
+    seconds: batch size -> median seconds of a batch
+    network_calls: passes through the depth of the network for a sample
+    difference: root mean square difference from sequential samples, relative to theirs
+    distance: energy distance of the samples to held-out images
+    """
+
+    name: str
+    seconds: dict[int, float]
+    network_calls: float
+    difference: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class SamplingCost:
+    """What was found.
+
+    ways: sequential first; the calls, difference and distance of `automatic` are those of the choice
+        for the smallest batch
+    choices: batch size -> what the automatic search chose for each block, the top block first
+    """
+
+    model: str
+    device: str
+    threads: int
+    samples: int
+    ways: list[Way]
+    choices: dict[int, list[Choice]]
+
+    def speedup(self, way: str, batch: int) -> float:
+        """Of a way over sequential sampling."""
+        chosen = next(found for found in self.ways if found.name == way)
+        return self.ways[0].seconds[batch] / chosen.seconds[batch]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained flow and all that decides its samples but the way to them.
+
+    noise: of its training
+    denoise: share of it that is taken out of samples
+    """
+
+    model: AutoregressiveFlow
+    recipe: Recipe
+    guidance: FlowGuidance
+    noise: float
+    denoise: float
+    device: torch.device
+
+    def draw(
+        self, ids: range, strategy: Strategy | Sequence[Strategy], tolerance: float
+    ) -> Inverted:
+        """Samples of these ids."""
+        samples = torch.arange(ids.start, ids.stop, device=self.device)
+        asked = self.asked(ids)
+        return invert(
+            self.model,
+            prior(self.model, self.recipe.seed, samples),
+            asked["label"],
+            asked.get("text"),
+            strategy=strategy,
+            guidance=self.guidance,
+            tolerance=tolerance,
+        )
+
+    def cleaned(self, x: Tensor, ids: range) -> Tensor:
+        """Samples without the noise of the training."""
+        if not self.noise * self.denoise:
+            return x
+        flow = cast(nn.Module, self.model)
+        asked = self.asked(ids)
+        return denoise_by_score(flow, x, asked, noise=self.noise, scale=self.denoise).sample
+
+    def asked(self, ids: range) -> dict[str, Tensor]:
+        """What the samples of these ids are to be."""
+        return ask(self.recipe, torch.arange(ids.start, ids.stop)).condition(self.device)
+
+
+def train_and_measure(recipe: Recipe, note: Callable[[str], None], **how: Any) -> SamplingCost:
+    """Train a flow in a folder of its own, then `measure` it."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = override_recipe(
+            recipe, [f"run.dir={folder}/run", "tracking.mlflow=false", "sample.every=0"]
+        )
+        note(f"training {recipe.name} for {recipe.train.steps} steps")
+        run_training(recipe, 1, _Nobody())
+        return measure(RunFolder(Path(recipe.run.dir)), recipe, note, **how)
+
+
+def measure_run(run: str, note: Callable[[str], None], **how: Any) -> SamplingCost:
+    """`measure` the flow of a run's newest checkpoint."""
+    folder, recipe = open_run(run)
+    return measure(folder, recipe, note, **how)
+
+
+def measure(
+    run: RunFolder,
+    recipe: Recipe,
+    note: Callable[[str], None],
+    *,
+    batches: Sequence[int],
+    rounds: int,
+    samples: int,
+    group: int,
+    tolerance: float,
+) -> SamplingCost:
+    """Sample the newest checkpoint of a run in every way.
+
+    batches: sizes to take times of
+    rounds: batches of each size in each way
+    samples: of each way, to judge it by
+    group: tokens of a group of GS-Jacobi
+    tolerance: of iterations, see `flows.samplers.inversion.invert`
+    Raises UserError for a model that is not inverted token by token, or without held-out images.
+    """
+    subject = _subject(run, recipe)
+    chain = cast(FlowBlock, subject.model.flow_blocks[0]).shape.chain
+    ways: dict[str, Strategy] = {
+        "sequential": SEQUENTIAL,
+        "Jacobi": Strategy(chain),
+        "GS-Jacobi": Strategy(group),
+        "sliding GS-Jacobi": Strategy(group, sliding=True),
+    }
+
+    def with_choice(choices: list[Choice]) -> Ways:
+        return {**ways, "automatic": [choice.strategy for choice in choices]}
+
+    choices = {}
+    for size in batches:
+        note(f"searching for batches of {size}")
+        choices[size] = _search(subject, size, tolerance)
+    seconds: dict[str, dict[int, float]] = {name: {} for name in (*ways, "automatic")}
+    for size in batches:
+        note(f"timing batches of {size}")
+        times = _times(subject, with_choice(choices[size]), size, rounds, tolerance)
+        for name, median in times.items():
+            seconds[name][size] = median
+    note(f"judging {samples} samples of each way")
+    judged = _judge(subject, with_choice(choices[min(batches)]), samples, tolerance)
+    return SamplingCost(
+        recipe.name,
+        subject.device.type,
+        torch.get_num_threads(),
+        samples,
+        [Way(name, seconds[name], *judged[name]) for name in seconds],
+        choices,
+    )
+
+
+def _subject(run: RunFolder, recipe: Recipe) -> Subject:
+    device = choose_device("auto", 0)
+    section, objective = recipe.sample, recipe.objective
+    model = load_trained(run, recipe, device).model
+    # What a dequantiser adds is there to be trained with.
+    model = model.flow if isinstance(model, Dequantised) else model
+    if not (isinstance(section, InversionSection) and isinstance(model, TarFlow | STARFlow)):
+        raise UserError(
+            f"{recipe.name} is of the family {recipe.model.family}, which is not inverted token by "
+            "token; give a TarFlow or a STARFlow."
+        )
+    assert isinstance(objective, LikelihoodSection)
+    guidance = FlowGuidance(
+        weight=section.guidance,
+        form=section.form,
+        parts=section.parts,
+        annealed=section.annealed,
+        temperature=section.temperature,
+    )
+    flow = cast(AutoregressiveFlow, model)
+    return Subject(flow, recipe, guidance, objective.noise, section.denoise, device)
+
+
+def _search(subject: Subject, batch: int, tolerance: float) -> list[Choice]:
+    asked = subject.asked(range(batch))
+    return choose_strategy(
+        subject.model,
+        batch,
+        asked["label"],
+        asked.get("text"),
+        guidance=subject.guidance,
+        tolerance=tolerance,
+        accuracy=tolerance,
+        seed=subject.recipe.seed + 1,
+    )
+
+
+def _times(
+    subject: Subject,
+    strategies: Ways,
+    batch: int,
+    rounds: int,
+    tolerance: float,
+) -> dict[str, float]:
+    """Median seconds of a batch by each way; every round has other samples."""
+    taken: dict[str, list[float]] = {name: [] for name in strategies}
+    for turn in range(rounds + 1):
+        ids = range(turn * batch, (turn + 1) * batch)
+        for name, strategy in strategies.items():
+            begin = time.perf_counter()
+            subject.draw(ids, strategy, tolerance)
+            if subject.device.type == "cuda":
+                torch.cuda.synchronize(subject.device)
+            taken[name].append(time.perf_counter() - begin)
+    # The first turn warms up.
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def _judge(
+    subject: Subject,
+    strategies: Ways,
+    samples: int,
+    tolerance: float,
+) -> dict[str, tuple[float, float, float]]:
+    """(network calls, difference, distance) of each way."""
+    recipe = subject.recipe
+    if recipe.data.heldout is None:
+        raise UserError(
+            f"{recipe.name} has no data.heldout, and samples are judged against held-out images."
+        )
+    heldout, _ = read_real(recipe, [recipe.data.heldout], None)
+    found: dict[str, tuple[float, float, float]] = {}
+    exact = None
+    for name, strategy in strategies.items():
+        images, calls = [], 0.0
+        for start in range(0, samples, JUDGED_AT_ONCE):
+            ids = range(start, min(start + JUDGED_AT_ONCE, samples))
+            drawn = subject.draw(ids, strategy, tolerance)
+            images.append(subject.cleaned(drawn.x, ids).cpu())
+            calls += drawn.network_calls * len(ids)
+        x = torch.cat(images)
+        exact = x if exact is None else exact
+        difference = float((x - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        distance = energy_distance(x, heldout, chunk=CHUNK)
+        found[name] = (calls / samples, difference, distance)
+    return found
+
+
+class _Nobody:
+    """A person who is not watching the training."""
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, line: Mapping[str, Any]) -> None: ...
