@@ -37,7 +37,7 @@ from flows.samplers.inversion_search import Choice, choose_strategy
 from parallel.processes import choose_device
 from trainer.asked import ask
 from trainer.flow_sections import InversionSection, LikelihoodSection
-from trainer.judging import read_real
+from trainer.real_images import read_real
 from trainer.recipe import Recipe, override_recipe
 from trainer.run_folder import RunFolder, open_run
 from trainer.running import run_training

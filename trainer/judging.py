@@ -1,25 +1,16 @@
 """The newest checkpoint of a run, judged against real images."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from data_pipeline.faults import PastShard, Tolerance, read_past
-from data_pipeline.loader import read_all
-from data_pipeline.shards import search
+from data_pipeline.faults import read_past
 from flows.errors import UserError
 from parallel.processes import Ranks
 from trainer.bits import heldout_bits, measured_objective
 from trainer.drawing import Samples
 from trainer.evaluation import Evaluation, evaluate
-from trainer.latents import open_reader, to_images
+from trainer.latents import to_images
+from trainer.real_images import read_real
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
-from trainer.storage import reach_storage
 from trainer.trained import draw_together, load_trained
-
-DECODED_AT_ONCE = 256
 
 
 def judge_run(
@@ -40,7 +31,6 @@ def judge_run(
     samples = draw_together(trained, count, batch=batch, ranks=ranks)
     if samples is None:
         return None
-    reach_storage(recipe)
     train = read_real(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
     heldout = read_real(recipe, [recipe.data.heldout], None)
     objective = measured_objective(recipe)
@@ -53,29 +43,3 @@ def judge_run(
     names = recipe.data.names
     found = evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed, bits)
     return samples, found
-
-
-def read_real(
-    recipe: Recipe, shards: list[str], past: Sequence[PastShard] | None
-) -> tuple[Tensor, Tensor]:
-    """All images, or latents, and labels of `shards`, decoded as the training decodes them.
-
-    past: the shards as the training began with them
-    """
-    data = recipe.data
-    urls = [shard.url for pattern in shards for shard in search(pattern)[0]]
-    decoder = open_reader(recipe, urls, torch.device("cpu"))
-    try:
-        images, labels = read_all(
-            shards,
-            decoder,
-            size=(data.image_size, data.image_size),
-            keep=data.keep,
-            classes=data.classes,
-            limit=None,
-            batch=DECODED_AT_ONCE,
-            tolerate=Tolerance(data.max_bad_fraction, None, past),
-        )
-    finally:
-        decoder.close()
-    return images, labels

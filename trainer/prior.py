@@ -3,16 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.faults import Tolerance
-from data_pipeline.loader import read_all
-from data_pipeline.shards import search
 from flows.batch import Batch
 from flows.objectives.likelihood import Likelihood, prior_variance
 from flows.randomness import Draw
 from trainer.assembly import build_objective
-from trainer.latents import open_reader
+from trainer.real_images import read_real
 from trainer.recipe import Recipe
-from trainer.storage import reach_storage
 
 IMAGES = 1024  # that the variance is taken from: 4 % of error in a standard deviation at most
 BATCH = 128
@@ -25,25 +21,9 @@ def measured_variance(flow: nn.Module, recipe: Recipe, device: torch.device) -> 
     It is a function of the weights and the data, so that no checkpoint holds it and every rank finds
     the same.
     """
-    data, objective = recipe.data, build_objective(recipe)
+    objective = build_objective(recipe)
     assert isinstance(objective, Likelihood)
-    reach_storage(recipe)
-    shards = [url for url, _ in recipe.data.sources]
-    urls = [shard.url for pattern in shards for shard in search(pattern)[0]]
-    decoder = open_reader(recipe, urls, torch.device("cpu"))
-    try:
-        images, labels = read_all(
-            shards,
-            decoder,
-            size=(data.image_size, data.image_size),
-            keep=data.keep,
-            classes=data.classes,
-            limit=IMAGES,
-            batch=BATCH,
-            tolerate=Tolerance(data.max_bad_fraction, None, None),
-        )
-    finally:
-        decoder.close()
+    images, labels = read_real(recipe, [url for url, _ in recipe.data.sources], None, IMAGES)
     whole = Batch(images, labels, torch.arange(len(images)))
     latents = []
     for batch in whole.split(BATCH):
