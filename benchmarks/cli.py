@@ -190,6 +190,7 @@ def papers(
     Console().print(table)
 
 
+@app.command()
 def sampling(
     recipe: Annotated[
         str, typer.Argument(help="A recipe of a TarFlow or a STARFlow, to be trained first.")
