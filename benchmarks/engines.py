@@ -53,11 +53,7 @@ SIDES: dict[str, tuple[str, list[str], str | None]] = {
     **{
         f"DeepSpeed zero-{stage}": (
             FSDP if stage == 3 else DDP,
-            [
-                "parallel.engine=deepspeed",
-                f"parallel.deepspeed.stage={stage}",
-                "parallel.reshard_after_forward=true",
-            ],
+            ["parallel.engine=deepspeed", f"parallel.deepspeed.stage={stage}"],
             "deepspeed",
         )
         for stage in (1, 2, 3)

@@ -138,7 +138,7 @@ def _place_deepspeed(recipe: Recipe, world_size: int) -> Placement:
 def _place_accelerate(recipe: Recipe, world_size: int) -> Placement:
     _need("accelerate")
     section = recipe.parallel
-    accelerate.check(recipe.train.precision, world_size, section.reshard_after_forward)
+    accelerate.check(recipe.train.precision, world_size)
     launched, asked = accelerate.launched(world_size), section.strategy
     if launched is not None and asked not in (None, launched):
         raise UserError(

@@ -96,7 +96,10 @@ class ParallelSection(Section):
         None, description="whole copies of the model; null: inferred"
     )
     shard: Positive | None = Field(None, description="ranks one copy is cut over; null: inferred")
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = Field(
+        True,
+        description="under FSDP: gather weights again for the backward, which takes less memory",
+    )
     timeout_seconds: Positive = Field(300, description="a collective that takes longer is an error")
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
@@ -105,7 +108,7 @@ class ParallelSection(Section):
         """A key that another engine would follow must not be passed over in silence."""
         others = {
             "native": {"deepspeed"},
-            "deepspeed": {"strategy", "replicate", "shard", "reshard_after_forward"},
+            "deepspeed": {"strategy", "replicate", "shard"},
             "accelerate": {"deepspeed", "replicate", "shard"},
         }[self.engine]
         for name in sorted(others):

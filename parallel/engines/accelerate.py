@@ -64,7 +64,7 @@ def launched(world_size: int) -> Kind | None:
     return "ddp" if world_size > 1 else "none"
 
 
-def check(precision: Precision, world_size: int, reshard_after_forward: bool) -> None:
+def check(precision: Precision, world_size: int) -> None:
     """Raises UserError where the config asks for what is not supported, or the recipe decides otherwise."""
     for name, instead in REFUSED.items():
         if _on(name):
@@ -76,14 +76,8 @@ def check(precision: Precision, world_size: int, reshard_after_forward: bool) ->
             f"{CONFIG} has mixed_precision = {asked}, and train.precision = {precision}; make the two "
             f"agree ({ours} there, or another precision in the recipe)."
         )
-    if launched(world_size) == "fsdp":
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UserError(f"{CONFIG} has fsdp_version = 1; set it to 2.")
-        if _on("FSDP_RESHARD_AFTER_FORWARD") != reshard_after_forward:
-            raise UserError(
-                f"{CONFIG} has fsdp_reshard_after_forward = {os.environ['FSDP_RESHARD_AFTER_FORWARD']}, and "
-                f"parallel.reshard_after_forward = {str(reshard_after_forward).lower()}; make them agree."
-            )
+    if launched(world_size) == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(f"{CONFIG} has fsdp_version = 1; set it to 2.")
     if world_size == 1 and _on("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise UserError(
             f"{CONFIG} asks for several processes and `accelerate launch` started one, for on CPUs it "
@@ -127,7 +121,10 @@ def build(
     """The engine of a `FlowModel` on the meta device that Accelerate has prepared; a collective.
 
     config: what DeepSpeed is given, where `kind` is deepspeed
+    reshard_after_forward: unless the accelerate config says it
     """
+    if "FSDP_RESHARD_AFTER_FORWARD" in os.environ:
+        reshard_after_forward = _on("FSDP_RESHARD_AFTER_FORWARD")
     common: dict[str, Any] = {"device": device, "precision": precision, "clock": clock}
     if config is not None:
         deepspeed.load(device)  # before Accelerate does, for the device that this rank has

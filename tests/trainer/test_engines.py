@@ -165,7 +165,7 @@ def test_what_zero_cannot_do_is_refused_by_name(tmp_path, changes, said):
     ("changes", "key"),
     [
         ([DEEPSPEED, "parallel.strategy=fsdp"], "strategy"),
-        ([DEEPSPEED, "parallel.reshard_after_forward=false"], "reshard_after_forward"),
+        ([DEEPSPEED, "parallel.shard=2"], "shard"),
         (["parallel.deepspeed.stage=2"], "deepspeed"),
         ([ACCELERATE, "parallel.deepspeed.stage=2"], "deepspeed"),
         ([ACCELERATE, "parallel.replicate=2"], "replicate"),
@@ -222,11 +222,6 @@ def test_accelerates_deepspeed_is_what_its_config_says(tmp_path, launched):
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "has mixed_precision = bf16, and train.precision"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "has fsdp_version = 1; set it to 2."),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
-             "FSDP_RESHARD_AFTER_FORWARD": "false"},
-            "has fsdp_reshard_after_forward = false, and parallel.reshard_after_forward = true; ",
-        ),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
             "sets FSDP_ACTIVATION_CHECKPOINTING = true: use train.checkpoint_activations.",
