@@ -204,7 +204,7 @@ def sampling(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every way.")] = 5,
     samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 512,
     group: Annotated[int, typer.Option(min=2, help="Tokens of a group of GS-Jacobi.")] = 16,
-    tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.03,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these."""

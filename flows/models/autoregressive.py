@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.initialise import Rule
-from flows.models.causal import CausalLayer, KeyValue, LayerShape
+from flows.models.causal import CausalLayer, KeyValue, LayerShape, project
 from flows.models.flow import FlowOutput
 from flows.models.norms import RMSNorm
 from flows.models.rotary import axis_angles, turns
@@ -227,7 +227,7 @@ class FlowBlock(nn.Module):
         float32; log s is None if the block preserves volume. The cache then holds these inputs too.
         """
         first = cache.inputs
-        h = self.project_in(v.to(self.project_in.weight.dtype))
+        h = project(self.project_in, v.to(self.project_in.weight.dtype))
         if self.position is not None:
             h = h + self.position[first : first + v.shape[1]]
         if cache.added is not None:
@@ -261,7 +261,7 @@ class FlowBlock(nn.Module):
 
     def _read(self, h: Tensor) -> tuple[Tensor | None, Tensor]:
         """The last layer's output -> (log s, m) in float32."""
-        out = self.project_out(h if self.norm is None else self.norm(h)).float()
+        out = project(self.project_out, h if self.norm is None else self.norm(h)).float()
         clip = self.shape.clip
         if clip:
             out = clip * torch.tanh(out / clip)

@@ -95,11 +95,11 @@ class KeyValue:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, kv_heads, new, head_width) twice -> all keys and values so far, as views."""
-        begin, end = self.length, self.length + key.shape[2]
-        self.keys[:, :, begin:end] = key
-        self.values[:, :, begin:end] = value
+        new, end = key.shape[2], self.length + key.shape[2]
+        self.keys.narrow(2, self.length, new).copy_(key)
+        self.values.narrow(2, self.length, new).copy_(value)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 class CausalAttention(nn.Module):
@@ -231,13 +231,14 @@ class CausalLayer(nn.Module):
 
 
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`linear(x)`, (..., inputs) -> (..., outputs), whose layout may be transposed while sampling."""
-    rows = x.shape[:-1]
-    few = x.device.type == "cpu" and rows.numel() in FEW_ROWS
-    if not (few and torch.is_inference_mode_enabled()):
+    """`linear(x)`, (..., inputs) -> (..., outputs); while sampling, in whatever form is fastest."""
+    if not torch.is_inference_mode_enabled():
         result: Tensor = linear(x)
         return result
-    columns, bias = x.reshape(-1, x.shape[-1]).t(), cast(Tensor | None, linear.bias)
+    rows, bias = x.shape[:-1], cast(Tensor | None, linear.bias)
+    if x.device.type != "cpu" or rows.numel() not in FEW_ROWS:
+        return F.linear(x, linear.weight, bias)
+    columns = x.reshape(-1, x.shape[-1]).t()
     product: Tensor
     if bias is None:
         product = torch.mm(linear.weight, columns)
