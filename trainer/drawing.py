@@ -23,6 +23,7 @@ from flows.samplers.inversion import SEQUENTIAL, AutoregressiveFlow, Strategy, i
 from flows.samplers.inversion_guidance import FlowGuidance
 from flows.samplers.inversion_search import choose_strategy
 from flows.samplers.sampler import Sampled, sample
+from parallel.processes import from_first
 from trainer.asked import ask
 from trainer.assembly import build_discrete, build_flow_matching
 from trainer.flow_sections import InversionSection, LikelihoodSection
@@ -58,6 +59,29 @@ class Samples:
         return self.network_calls.double().mean().item()
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all batches of samples have in common, found once and alike on every rank.
+
+    variance: of the prior of a flow that preserves volume, on the CPU; None for other models
+    strategies: how an autoregressive flow is inverted
+    """
+
+    variance: Tensor | None = None
+    strategies: Strategy | list[Strategy] = SEQUENTIAL
+
+
+def find_shared(model: nn.Module, recipe: Recipe, device: torch.device, *, batch: int) -> Shared:
+    """What samples that are drawn `batch` at a time share; a collective where ranks have joined.
+
+    The first rank finds it: what is fastest there need not be so everywhere.
+    """
+    flow, section = _flow(model), recipe.sample
+    if not isinstance(section, InversionSection) or isinstance(flow, Jet):
+        return Shared()
+    return from_first(lambda: _shared(flow, recipe, section, device, batch))
+
+
 def draw_samples(
     model: nn.Module,
     recipe: Recipe,
@@ -66,6 +90,7 @@ def draw_samples(
     *,
     batch: int,
     as_images: bool,
+    shared: Shared,
 ) -> Samples:
     """Samples of (n,) `ids`, each a function of its id in any batch; see `trainer.asked` for what of.
 
@@ -73,9 +98,8 @@ def draw_samples(
     as_images: of latents, what their autoencoder makes of them; else the latents
     """
     asked, images, calls = ask(recipe, ids), [], []
-    parts = torch.arange(len(ids)).split(batch)
-    draw = _way(model, recipe, asked.take(parts[0]).condition(device))
-    for part in parts:
+    draw = _way(model, recipe, shared)
+    for part in torch.arange(len(ids)).split(batch):
         drawn = draw(asked.take(part).condition(device), ids[part].to(device))
         made = drawn.sample
         images.append(to_images(recipe, made, device) if as_images else made.cpu())
@@ -83,13 +107,10 @@ def draw_samples(
     return Samples(torch.cat(images), asked.labels, torch.cat(calls).cpu())
 
 
-def _way(model: nn.Module, recipe: Recipe, first: Condition) -> Draws:
-    """How the recipe's samples are drawn: a function of what they are asked to be and their ids.
-
-    first: of the first batch
-    """
+def _way(model: nn.Module, recipe: Recipe, shared: Shared) -> Draws:
+    """How the recipe's samples are drawn: a function of what they are asked to be and their ids."""
     if isinstance(recipe.sample, InversionSection):
-        return _inversion(model, recipe, first)
+        return partial(_invert, _flow(model), recipe, recipe.sample, shared)
     return partial(_jump if isinstance(recipe.sample, JumpSection) else _integrate, model, recipe)
 
 
@@ -148,80 +169,74 @@ def _jump(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -
     return Sampled(to_image(drawn.tokens, objective.path.levels, shape), drawn.network_calls)
 
 
-def _inversion(model: nn.Module, recipe: Recipe, first: Condition) -> Draws:
-    """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training.
+def _flow(model: nn.Module) -> nn.Module:
+    """What makes images: a dequantiser around a flow is there to be trained with."""
+    return model.flow if isinstance(model, Dequantised) else model
 
-    What all batches share is found out here, on conditions like those of the `first`.
-    """
-    objective, section = recipe.objective, recipe.sample
+
+def _invert(
+    flow: nn.Module,
+    recipe: Recipe,
+    section: InversionSection,
+    shared: Shared,
+    condition: Condition,
+    ids: Tensor,
+) -> Sampled:
+    """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
+    objective = recipe.objective
     assert isinstance(objective, LikelihoodSection)
-    assert isinstance(section, InversionSection)
-    # What a dequantiser adds is there to be trained with; the flow itself makes images.
-    flow = model.flow if isinstance(model, Dequantised) else model
-    back = (
-        partial(_uncouple, flow, recipe.seed)
-        if isinstance(flow, Jet)
-        else _chains(flow, recipe, section, first)
-    )
-
-    def draw(condition: Condition, ids: Tensor) -> Sampled:
-        x, calls = back(condition, ids)
-        if objective.noise and section.denoise:
-            clean = denoise_by_score(
-                flow, x, condition, noise=objective.noise, scale=section.denoise
-            )
-            x, calls = clean.sample, calls + clean.network_calls
-        return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
-
-    return draw
-
-
-def _uncouple(flow: Jet, seed: int, condition: Condition, ids: Tensor) -> tuple[Tensor, float]:
-    shape = (flow.config.tokens, flow.config.features)
-    return flow.inverse(Draw(seed, 0, ids).normal("sample_noise", shape), condition["label"]), 1.0
+    if isinstance(flow, Jet):
+        shape = (flow.config.tokens, flow.config.features)
+        noise = Draw(recipe.seed, 0, ids).normal("sample_noise", shape)
+        x, calls = flow.inverse(noise, condition["label"]), 1.0
+    else:
+        chains, variance = cast(AutoregressiveFlow, flow), shared.variance
+        inverted = invert(
+            chains,
+            prior(chains, recipe.seed, ids, None if variance is None else variance.to(ids.device)),
+            **condition,
+            strategy=shared.strategies,
+            guidance=_guidance(section),
+            tolerance=section.tolerance,
+            clamp=section.clamp,
+        )
+        x, calls = inverted.x, inverted.network_calls
+    if objective.noise and section.denoise:
+        clean = denoise_by_score(flow, x, condition, noise=objective.noise, scale=section.denoise)
+        x, calls = clean.sample, calls + clean.network_calls
+    return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
 
 
-def _chains(
-    flow: nn.Module, recipe: Recipe, section: InversionSection, first: Condition
-) -> Callable[[Condition, Tensor], tuple[Tensor, float]]:
-    """Images of autoregressive flows and their network calls, as a function of condition and ids."""
-    chains = cast(AutoregressiveFlow, flow)
-    variance = None
+def _shared(
+    flow: nn.Module, recipe: Recipe, section: InversionSection, device: torch.device, batch: int
+) -> Shared:
+    """Of an autoregressive flow, on conditions like those of the first batch."""
+    variance, strategies = None, _strategy(section)
     if isinstance(flow, TarFlow) and flow.config.volume_preserving:
-        variance = measured_variance(flow, recipe, first["label"].device)
-    guidance = FlowGuidance(
+        variance = measured_variance(flow, recipe, device).cpu()
+    if section.strategy != "auto":
+        return Shared(variance, strategies)
+    first = ask(recipe, torch.arange(batch)).condition(device)
+    choices = choose_strategy(
+        cast(AutoregressiveFlow, flow),
+        batch,
+        first["label"],
+        first.get("text"),
+        guidance=_guidance(section),
+        tolerance=section.tolerance,
+        accuracy=section.accuracy,
+    )
+    return Shared(variance, [choice.strategy for choice in choices])
+
+
+def _guidance(section: InversionSection) -> FlowGuidance:
+    return FlowGuidance(
         weight=section.guidance,
         form=section.form,
         parts=section.parts,
         annealed=section.annealed,
         temperature=section.temperature,
     )
-
-    def back(condition: Condition, ids: Tensor) -> tuple[Tensor, float]:
-        inverted = invert(
-            chains,
-            prior(chains, recipe.seed, ids, variance),
-            **condition,
-            strategy=strategies,
-            guidance=guidance,
-            tolerance=section.tolerance,
-            clamp=section.clamp,
-        )
-        return inverted.x, inverted.network_calls
-
-    strategies: Strategy | list[Strategy] = _strategy(section)
-    if section.strategy == "auto":
-        choices = choose_strategy(
-            chains,
-            len(first["label"]),
-            first["label"],
-            first.get("text"),
-            guidance=guidance,
-            tolerance=section.tolerance,
-            accuracy=section.accuracy,
-        )
-        strategies = [choice.strategy for choice in choices]
-    return back
 
 
 def _strategy(section: InversionSection) -> Strategy:

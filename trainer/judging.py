@@ -27,7 +27,7 @@ def judge_run(
             f"{run.recipe} has no data.heldout, and samples are judged against held-out images; "
             "give it data.heldout=SHARDS."
         )
-    trained = load_trained(run, recipe, ranks.device)
+    trained = load_trained(run, recipe, ranks.device, batch=min(batch, count))
     samples = draw_together(trained, count, batch=batch, ranks=ranks)
     if samples is None:
         return None

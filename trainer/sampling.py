@@ -1,11 +1,11 @@
 """Samples of a model that is being trained, shared out over the ranks that hold it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.errors import UserError
 from parallel.engines.engine import Engine
-from trainer.drawing import Samples, calls_parts, draw_samples
+from trainer.drawing import Samples, calls_parts, draw_samples, find_shared
 from trainer.ema import Ema
 from trainer.recipe import Recipe, override_recipe
 
@@ -21,13 +21,15 @@ def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
     share = -(-count // engine.data_size)
     mine = torch.arange(engine.data_rank * share, (engine.data_rank + 1) * share)
     own = mine.remainder(count)
-    with ema.applied(engine.parameters(), recipe.train.ema[0]):
-        drawn = engine.run(
-            lambda model: draw_samples(
-                model, recipe, own, engine.device, batch=BATCH, as_images=True
-            ),
-            whole=calls_parts(recipe),
+
+    def draw(model: nn.Module) -> Samples:
+        shared = find_shared(model, recipe, engine.device, batch=min(BATCH, share))
+        return draw_samples(
+            model, recipe, own, engine.device, batch=BATCH, as_images=True, shared=shared
         )
+
+    with ema.applied(engine.parameters(), recipe.train.ema[0]):
+        drawn = engine.run(draw, whole=calls_parts(recipe))
 
     def together(values: Tensor) -> Tensor:
         every = values.new_zeros(share * engine.data_size, *values.shape[1:], device=engine.device)

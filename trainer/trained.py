@@ -16,7 +16,7 @@ from parallel.processes import Ranks, choose_device, gather
 from trainer.assembly import model_architecture
 from trainer.checkpoints.manifest import MANIFEST, file_sha256
 from trainer.checkpoints.store import latest_whole, load
-from trainer.drawing import Samples, draw_samples
+from trainer.drawing import Samples, Shared, draw_samples, find_shared
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 
@@ -29,6 +29,7 @@ class Trained:
 
     step: of the checkpoint
     checkpoint: sha256 of its manifest, and by that of all in it
+    shared: see `trainer.drawing.Shared`
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Trained:
     device: torch.device
     step: int
     checkpoint: str
+    shared: Shared
 
     @torch.no_grad()
     def draw(self, ids: range, *, as_images: bool) -> Samples:
@@ -50,12 +52,15 @@ class Trained:
             self.device,
             batch=len(ids),
             as_images=as_images,
+            shared=self.shared,
         )
         return replace(drawn, step=self.step)
 
 
-def load_trained(run: RunFolder, recipe: Recipe, device: torch.device) -> Trained:
-    """The newest whole checkpoint of a run; a collective where ranks have joined.
+def load_trained(run: RunFolder, recipe: Recipe, device: torch.device, *, batch: int) -> Trained:
+    """The newest whole checkpoint of a run, to be drawn from `batch` samples at a time.
+
+    A collective where ranks have joined.
 
     Raises UserError if there is none.
     """
@@ -68,7 +73,10 @@ def load_trained(run: RunFolder, recipe: Recipe, device: torch.device) -> Traine
     state = load(newest, weights, prefix=prefix)
     buffers = {f"buffer.{name}": value for name, value in persistent_buffers(model).items()}
     load(newest, buffers, prefix="buffer.")
-    return Trained(model, recipe, device, int(state["step"]), file_sha256(newest / MANIFEST))
+    with torch.no_grad():
+        shared = find_shared(model, recipe, device, batch=batch)
+    manifest = file_sha256(newest / MANIFEST)
+    return Trained(model, recipe, device, int(state["step"]), manifest, shared)
 
 
 def batches(ids: range, size: int) -> list[range]:
@@ -88,8 +96,9 @@ def draw_together(trained: Trained, count: int, *, batch: int, ranks: Ranks) -> 
 
 def sample_checkpoint(run: RunFolder, recipe: Recipe, count: int) -> Samples:
     """`count` samples, classes in turn, from the newest whole checkpoint, by this process alone."""
-    trained = load_trained(run, recipe, choose_device("auto", 0))
-    return _joined([trained.draw(part, as_images=True) for part in batches(range(count), BATCH)])
+    batch = min(BATCH, count)
+    trained = load_trained(run, recipe, choose_device("auto", 0), batch=batch)
+    return _joined([trained.draw(part, as_images=True) for part in batches(range(count), batch)])
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:

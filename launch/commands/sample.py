@@ -83,7 +83,7 @@ def sample(
     _check_place(form, place, numbers)
     start_ranks(folder, ranks)
     with joined() as here:
-        trained = load_trained(folder, recipe, here.device)
+        trained = load_trained(folder, recipe, here.device, batch=min(batch, count))
         if optimise_steps is not None:
             trained = _with_chosen_times(trained, optimise_steps, batch)
         if form == "grid":

@@ -15,7 +15,7 @@ from tests.distributed.harness import run_ranks
 from tests.parallel import scenario
 from tests.trainer import runs
 from trainer.assembly import build_discrete, plan
-from trainer.drawing import draw_samples
+from trainer.drawing import Shared, draw_samples
 from trainer.recipe import Recipe, load_recipe
 from trainer.running import open_loader
 
@@ -49,7 +49,9 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
             engine.step(1e-2, torch.zeros(()))
     ids = torch.arange(2)
     drawn = engine.run(
-        lambda model: draw_samples(model, made.recipe, ids, CPU, batch=2, as_images=True),
+        lambda model: draw_samples(
+            model, made.recipe, ids, CPU, batch=2, as_images=True, shared=Shared()
+        ),
         whole=False,
     )
     return {
