@@ -206,7 +206,7 @@ def measure(
 def _subject(run: RunFolder, recipe: Recipe) -> Subject:
     device = choose_device("auto", 0)
     section, objective = recipe.sample, recipe.objective
-    model = load_trained(run, recipe, device).model
+    model = load_trained(run, recipe, device, batch=1).model
     # What a dequantiser adds is there to be trained with.
     model = model.flow if isinstance(model, Dequantised) else model
     if not (isinstance(section, InversionSection) and isinstance(model, TarFlow | STARFlow)):
