@@ -16,7 +16,6 @@ from rich.console import Console
 from flows.errors import UserError
 from trainer.checkpoints.commit import committed
 from trainer.metrics_log import read
-from trainer.recipe import load_recipe
 
 console = Console(soft_wrap=True)
 
@@ -36,6 +35,8 @@ def demo(
         "train", "digits", f"run.dir={run}", f"data.train={shards}/train-*.tar",
         *(overrides or []), "--ranks", str(ranks),
     ]  # fmt: skip
+    from trainer.recipe import load_recipe
+
     recipe = load_recipe("digits", train[2:-2])  # refuses wrong changes before anything is made
     _flowmill(
         "data", "pack", "embedded:digits28/train-{000000..000003}.tar", str(shards),

@@ -23,7 +23,6 @@ from launch.ranks import (
     run_ranks,
     world_size_from_launcher,
 )
-from trainer.recipe import load_recipe
 
 if TYPE_CHECKING:
     from trainer.dry_run import Check
@@ -43,6 +42,13 @@ def train(
     Under torchrun it joins the ranks that are there; otherwise it starts --ranks of its own. Exit code 75
     where a signal stopped it: a checkpoint is there, and the same command goes on.
     """
+    # The models say what a recipe may hold, and torch takes seconds to import: `--help` should not wait.
+    from parallel.processes import choose_device
+    from trainer.assembly import in_steps, training_stream
+    from trainer.dry_run import check
+    from trainer.recipe import load_recipe
+    from trainer.running import run_training
+
     loaded = load_recipe(recipe, overrides or [])
     joined = joined_by_launcher()
     world_size = world_size_from_launcher() if joined else ranks or 1
@@ -50,12 +56,6 @@ def train(
         raise UserError(
             f"--ranks {ranks} contradicts the launcher, which started {world_size}; leave it out."
         )
-    # torch takes seconds to import: neither `--help` nor a wrong recipe should wait for it.
-    from parallel.processes import choose_device
-    from trainer.assembly import in_steps, training_stream
-    from trainer.dry_run import check
-    from trainer.running import run_training
-
     if dry_run:
         _print_checks(check(loaded, world_size), as_json)
     elif joined or world_size == 1:
