@@ -252,6 +252,40 @@ def _print_sampling(result: "SamplingCost") -> None:
     Console().print(table, choices)
 
 
+@app.command()
+def wait(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
+    ] = "digits",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 200,
+    device_ms: Annotated[
+        float, typer.Option(min=0, help="What a step of a device takes, in milliseconds.")
+    ] = 50.0,
+    batch: Annotated[int, typer.Option(min=1, help="JPEGs that such a step asks for.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """How long steps wait for data: of a recipe as it trains here, and of JPEGs for a device."""
+    from benchmarks.loader_sides import Setting
+    from benchmarks.loader_wait import beside_a_device, in_training
+
+    setting = Setting(batch, os.cpu_count() or 1)
+    found = [
+        in_training(recipe, overrides or [], steps=steps, warm_up=20),
+        beside_a_device(setting, step=device_ms / 1e3, steps=steps, warm_up=20),
+    ]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+        return
+    table = Table("", "median step", "waits for data", "longest wait", title=f"{steps} steps each")
+    for one in found:
+        step, longest = (f"{s * 1e3:.1f} ms" for s in (one.step_seconds, one.longest_seconds))
+        table.add_row(one.what, step, f"{one.share:.2%} of the time", longest)
+    Console().print(table)
+
+
 def _print_comparison(result: "Comparison") -> None:
     title = (
         f"JPEG 256 x 256, batches of {result.setting.batch}, {result.setting.workers} workers, median of "

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.loader_shards import Shards
 from data_pipeline.indexes import update_catalogs
+from data_pipeline.loader import Loader
 from trainer.assembly import plan
-from trainer.recipe import build_recipe
+from trainer.recipe import Recipe, build_recipe
 from trainer.running import open_loader
 
 Decoded = tuple[Tensor, Tensor]  # (batch, 3, size, size) float32 in [-1, 1]; (batch,) labels
@@ -64,7 +65,7 @@ class Side(Protocol):
 
 
 class Flowmill:
-    """Our loader, opened as the trainer opens it."""
+    """Our loader."""
 
     name = "flowmill (DALI)"
     install = "pip install nvidia-dali-cuda120"
@@ -75,7 +76,7 @@ class Flowmill:
             import_module("nvidia.dali")
         update_catalogs(shards.pattern)
         data = {"train": shards.pattern, "image_size": shards.size, "classes": shards.samples}
-        self._recipe = build_recipe(
+        self.recipe = build_recipe(
             {
                 "name": "loader",
                 "seed": SEED,
@@ -93,16 +94,19 @@ class Flowmill:
         )
 
     def open(self, state: Any) -> Opened:
-        made = plan(self._recipe, 1)
-        with open_loader(made, 0, 1, torch.device("cpu")) as loader:
+        with open_flowmill(self.recipe) as loader:
             if state is not None:
                 loader.load_state_dict(state)
             for batch in loader:
-                # The others hand over rows of one colour after another in memory.
-                yield batch.image.contiguous(), batch.label
+                yield batch.image, batch.label
 
     def state_after(self, batches: int) -> Any:
-        return plan(self._recipe, 1).stream.state_at(batches * self._recipe.train.batch)
+        return plan(self.recipe, 1).stream.state_at(batches * self.recipe.train.batch)
+
+
+def open_flowmill(recipe: Recipe) -> Loader:
+    """As the trainer opens it."""
+    return open_loader(plan(recipe, 1), 0, 1, torch.device("cpu"))
 
 
 class FlowmillPillow(Flowmill):

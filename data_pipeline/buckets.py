@@ -13,6 +13,7 @@ batches each sample was seen E times, give or take that many batches of its buck
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -20,9 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.augment import Size
-from data_pipeline.decode.images import read_pictures
-from data_pipeline.order import Int64, Located, Order
+from data_pipeline.decode.images import read_picture
+from data_pipeline.faults import BadSample, Found
+from data_pipeline.mixture import Located
+from data_pipeline.order import Int64, Order
+from data_pipeline.remembered import remembered
 from data_pipeline.samples import Samples
+from flows.errors import UserError
 
 KEPT_BATCHES = 16
 READ_AT_ONCE = 256
@@ -42,17 +47,48 @@ def make_buckets(side: int, *, multiple: int, widest: float) -> tuple[Size, ...]
     return tuple(sorted(wide | {(width, height) for height, width in wide}, key=_aspect))
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """Shapes that batches may have.
+
+    shapes: (height, width), tall to wide, as `make_buckets` makes them
+    batch: samples a step over all ranks
+    """
+
+    shapes: tuple[Size, ...]
+    batch: int
+
+
 def read_sizes(contents: Samples, shard: int) -> Int64:
     """(samples, 2) height and width, upright, of the images of a shard, by their headers.
 
-    Raises BadImages for those that are damaged or of a kind not read.
+    Every image is read for it, once: the answer is remembered. Where bad samples are tolerated, one
+    that cannot be read counts as square, to be replaced and reported in its turn like any other.
+
+    Raises BadImages, BadSample for those that are damaged or of a kind not read.
     """
-    sizes = []
-    for start in range(0, contents.sizes[shard], READ_AT_ONCE):
-        rows = np.arange(start, min(start + READ_AT_ONCE, contents.sizes[shard]))
-        encoded = contents.read(np.full_like(rows, shard), rows)
-        sizes += [picture.size for picture in read_pictures(encoded.images, encoded.names)]
-    return np.array(sizes, np.int64).reshape(-1, 2)
+    tolerant = contents.tolerate is not None and not contents.tolerate.strict
+
+    def make() -> Int64:
+        sizes: list[Size] = []
+        for start in range(0, contents.sizes[shard], READ_AT_ONCE):
+            rows = np.arange(start, min(start + READ_AT_ONCE, contents.sizes[shard]))
+            for found in contents.fetch(np.full_like(rows, shard), rows):
+                sizes.append(_size_of(found, tolerant))
+        return np.array(sizes, np.int64).reshape(-1, 2)
+
+    return remembered(contents.urls[shard], f"sizes {tolerant}", make)
+
+
+def _size_of(found: Found | BadSample, tolerant: bool) -> Size:
+    try:
+        if isinstance(found, BadSample):
+            raise found
+        return read_picture(found.image, found.name).size
+    except UserError:
+        if not tolerant:
+            raise
+        return (1, 1)
 
 
 def assign(sizes: NDArray[np.integer], buckets: Sequence[Size]) -> NDArray[np.uint8]:
@@ -75,7 +111,10 @@ class BucketedOrder:
 
     buckets: (height, width) of each that has samples
     batch: samples a step over all ranks; the order depends on it
+    epochs, proportions, taken, size_at: as `MixedOrder` has them
     """
+
+    proportions = (1,)
 
     def __init__(
         self,
@@ -101,25 +140,35 @@ class BucketedOrder:
         ]
         counts = [order.samples for order in self._orders]
         self._deal = lru_cache(KEPT_BATCHES)(partial(deal, counts=counts))
+        self.epochs = [self.samples]
+
+    def taken(self, position: int) -> list[int]:
+        return [position]
 
     def size_at(self, position: int) -> Size:
         """(height, width) of the global batch that holds a position."""
         return self.buckets[self._deal(position // self.batch)[0]]
 
-    def sample_at(self, positions: Int64) -> Located:
-        """Where (positions,) places of the endless stream lie; an epoch is one of its bucket."""
+    def sample_at(self, positions: Int64, attempts: Int64 | None = None) -> Located:
+        """Where (positions,) places of the endless stream lie; an epoch is one of its bucket.
+
+        attempts: see `Order.others`; the others are of the same bucket
+        """
         positions = np.asarray(positions, np.int64)
         epoch, shard, sample = np.empty((3, len(positions)), np.int64)
         number, row = np.divmod(positions, self.batch)
         for one in np.unique(number):
             mine = number == one
             bucket, turn = self._deal(int(one))
-            found = self._orders[bucket].sample_at(turn * self.batch + row[mine])
+            order, place = self._orders[bucket], turn * self.batch + row[mine]
+            found = order.sample_at(
+                place if attempts is None else order.others(place, attempts[mine])
+            )
             epoch[mine], shard[mine] = found.epoch, found.shard
             rows = self._rows[bucket]
             pairs = zip(found.shard.tolist(), found.sample.tolist(), strict=True)
             sample[mine] = [rows[s][n] for s, n in pairs]
-        return Located(epoch, shard, sample)
+        return Located(np.zeros_like(epoch), epoch, shard, sample)
 
 
 def deal(number: int, counts: Sequence[int]) -> tuple[int, int]:

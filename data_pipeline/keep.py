@@ -5,23 +5,18 @@ shifts nothing later. It reads the label or `.json` of every sample once; the an
 user's cache folder beside the indexes, for as long as the shard has not changed.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.index import ShardIndex, look_at, open_index, signature_of
-from data_pipeline.npy import read_npz
+from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.order import Int64
 from data_pipeline.reader import Range, RangeReader
+from data_pipeline.remembered import remembered
 from data_pipeline.samples import LABEL, Samples, find_one, parse_label
-from data_pipeline.storage import resolve
 from flows.errors import UserError
 
 Value = bool | int | float | str | None
@@ -98,15 +93,11 @@ def kept_rows(
 
     tolerant: samples without a label that can be read stay
     """
-    signature = f"{signature_of(look_at(url))} {tolerant} {describe(keep)}"
-    stored = _cache_file(url, signature)
-    rows = _load(stored, signature)
-    if rows is None:
-        rows = np.array(list(_look_up(index_of(url), keep, tolerant)), np.int64)
-        # A cache that cannot be written costs the next run another look, no more.
-        with contextlib.suppress(OSError):
-            _store(stored, rows, signature)
-    return rows
+
+    def make() -> Int64:
+        return np.array(list(_look_up(index_of(url), keep, tolerant)), np.int64)
+
+    return remembered(url, f"kept {tolerant} {describe(keep)}", make)
 
 
 def _look_up(index: ShardIndex, keep: Keep, tolerant: bool) -> Iterator[int]:
@@ -173,29 +164,3 @@ def parse_record(text: bytes, name: str) -> dict[str, object]:
     if not isinstance(record, dict):
         raise UserError(f"{name}: its .json holds no object with fields; replace or remove it")
     return record
-
-
-def _cache_file(url: str, signature: str) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    absolute = str(Path(url).resolve()) if resolve(url).local else url
-    name = hashlib.sha256(f"{absolute} {signature}".encode()).hexdigest()[:32]
-    return home / "flowmill" / "keep" / f"{name}.npz"
-
-
-def _load(stored: Path, signature: str) -> Int64 | None:
-    try:
-        arrays = read_npz(stored.read_bytes())
-        if str(arrays["signature"]) != signature:
-            return None
-        return np.asarray(arrays["rows"], np.int64)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _store(stored: Path, rows: Int64, signature: str) -> None:
-    """Write kept rows whole or not at all, whoever else writes them."""
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=stored.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        np.savez_compressed(file, signature=np.array(signature), rows=rows)
-    Path(temporary).replace(stored)

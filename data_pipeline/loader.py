@@ -23,6 +23,7 @@ from data_pipeline.decode.decoder import Decoder, decode_middle
 from data_pipeline.decode.images import Picture
 from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
 from data_pipeline.keep import Keep
+from data_pipeline.mixture import Located
 from data_pipeline.stage import Stage
 from data_pipeline.stream import DataSet, Stream, open_set
 from data_pipeline.texts import TextMember
@@ -124,8 +125,10 @@ class Share:
         self.device = device
         # The thread that decodes reads too, where it has to replace what cannot be decoded.
         self._reading = threading.Lock()
-        # Where the next batch begins if nobody goes elsewhere, and up to where all is named.
-        self._next = self._named = -1
+        # Where the next batch begins if nobody goes elsewhere; and, by the first position of a share,
+        # where the samples of the next few lie.
+        self._next = -1
+        self._located: dict[int, Located] = {}
 
     def read(self, start: int) -> Undecoded:
         """Samples `first` to `end` of the global batch that begins at position `start`."""
@@ -159,7 +162,8 @@ class Share:
     def fetch(self, positions: Tensor, attempts: Tensor) -> list[Found | BadSample]:
         """As the stream does, for the thread that reads and for the one that decodes."""
         with self._reading:
-            return self.stream.fetch(positions, attempts)
+            located = None if attempts.any() else self._located.pop(int(positions[0]), None)
+            return self.stream.fetch_at(located or self.stream.locate(positions, attempts))
 
     def _open(self, rows: Rows, chosen: Sequence[int]) -> list[Picture]:
         return self.decoder.open(*_files(rows, chosen))
@@ -174,24 +178,29 @@ class Share:
 
     def _views(self, pictures: Sequence[Picture], positions: Tensor) -> Views:
         sizes = [picture.size for picture in pictures]
-        return draw_views(sizes, self.size, self.augment, seed=self.seed, positions=positions)
+        # A share lies within one global batch, whose places have one size.
+        target = self.stream.size_at(int(positions[0])) or self.size
+        return draw_views(sizes, target, self.augment, seed=self.seed, positions=positions)
 
     def _positions(self, start: int) -> Tensor:
         return torch.arange(start + self.first, start + self.end)
 
     def _look_ahead(self, start: int) -> None:
-        """Name what the next batches need, several at a time so that neighbours meet."""
-        if not self.stream.remote:
-            return
+        """Find out where the next batches lie, several at a time: that takes little longer than for one,
+        and neighbours on remote storage meet."""
         with self._reading:
             if start != self._next:
                 self.stream.forget()
-                self._named = start
+                self._located = {}
             self._next = start + self.batch
-            if start >= self._named:
-                self._named = start + LOOKAHEAD * self.batch
-                starts = range(start, self._named, self.batch)
-                self.stream.expect(torch.cat([self._positions(one) for one in starts]))
+            if start + self.first not in self._located:
+                starts = range(start, start + LOOKAHEAD * self.batch, self.batch)
+                located = self.stream.locate(torch.cat([self._positions(one) for one in starts]))
+                firsts = (one + self.first for one in starts)
+                parts = located.split(self.end - self.first)
+                self._located = dict(zip(firsts, parts, strict=True))
+                if self.stream.remote:
+                    self.stream.expect(located)
 
 
 class Ahead:
@@ -218,7 +227,8 @@ class Ahead:
 class Loader:
     """An endless iterator of this rank's share of each global batch.
 
-    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks).
+    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks). Images
+    have (height, width) `size`, or that of the stream's bucket.
     Reading starts with the first `next`.
 
     position: samples of the global stream that the trainer has taken, on all ranks together

@@ -17,6 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from data_pipeline.augment import Size
 from data_pipeline.order import Int64, Order
 from flows.errors import UserError
 
@@ -78,6 +79,14 @@ class Located:
     shard: Int64
     sample: Int64
 
+    def split(self, size: int) -> list["Located"]:
+        """Runs of `size` positions."""
+        every = (self.source, self.epoch, self.shard, self.sample)
+        return [
+            Located(*(values[start : start + size] for values in every))
+            for start in range(0, len(self.source), size)
+        ]
+
 
 class MixedOrder:
     """The endless stream over data sets whose shards have the given sizes.
@@ -102,6 +111,25 @@ class MixedOrder:
             Order(shards, seed=seed + number, lanes=lanes, window=window)
             for number, shards in enumerate(sizes)
         ]
+
+    @property
+    def epochs(self) -> list[int]:
+        """Samples in an epoch of each set."""
+        return [order.samples for order in self.orders]
+
+    @property
+    def proportions(self) -> list[int]:
+        """The weights, as whole numbers."""
+        return [int(weight) for weight in self.mixture.weights]
+
+    def taken(self, position: int) -> list[int]:
+        """How many samples of each set come before `position`."""
+        return self.mixture.taken(position)
+
+    def size_at(self, position: int) -> Size | None:
+        """Images of any place become whatever size the loader wants."""
+        del position
+        return None
 
     def sample_at(self, positions: Int64, attempts: Int64 | None = None) -> Located:
         """Where (positions,) places lie; each is found without any other.

@@ -87,6 +87,8 @@ class RangeReader:
 
     def _fetch(self, ranges: Sequence[Range]) -> list[bytes | UserError]:
         remote = [part for part in dict.fromkeys(ranges) if not resolve(part.url).local]
+        if not remote:
+            return [_whole(part, self._local(part)) for part in ranges]
         waiting = {part: self._ahead[part] for part in remote if part in self._ahead}
         for span in coalesce(part for part in remote if part not in waiting):
             waiting |= dict.fromkeys(span.ranges, self._send(span))
@@ -160,6 +162,12 @@ class RangeReader:
 
     def _local(self, part: Range) -> bytes | UserError:
         try:
+            return os.pread(self._file(part.url), part.size, part.offset)
+        except OSError:
+            return self._patiently(part)
+
+    def _patiently(self, part: Range) -> bytes | UserError:
+        try:
             return patiently(lambda: os.pread(self._file(part.url), part.size, part.offset))
         except OSError as error:
             return _unreadable(part.url, error)
@@ -181,7 +189,7 @@ def coalesce(ranges: Iterable[Range]) -> list[Span]:
         shards[part.url].append(part)
     spans: list[Span] = []
     for url, parts in shards.items():
-        parts.sort(key=lambda part: part.offset)
+        parts.sort(key=lambda part: (part.offset, part.size))
         start = end = parts[0].offset
         inside: list[Range] = []
         for part in parts:

@@ -13,7 +13,7 @@ from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
 from data_pipeline.index import IMAGES, ShardIndex
 from data_pipeline.indexes import KEPT_INDEXES, Indexes
 from data_pipeline.reader import Range, RangeReader
-from data_pipeline.shards import address, find, search, short_names
+from data_pipeline.shards import address, find, folder_of, search, short_names
 from data_pipeline.storage import resolve
 from data_pipeline.texts import TextMember
 from flows.errors import UserError
@@ -58,6 +58,7 @@ class Samples:
     """Every sample of the shards that a pattern names.
 
     urls, names, sizes: address, short name and number of samples of each shard
+    remote: some are not files of this machine
     past: the same, as a run that begins now has to remember it, with the shards left out
     classes: labels are below this; None: any label that is not negative
     tolerate: which faults are left for later, or left out; None: none
@@ -117,16 +118,13 @@ class Samples:
             for place in places
         ]
 
-    def is_remote(self, shard: int) -> bool:
-        return not resolve(self.urls[shard]).local
-
     def index(self, url: str) -> ShardIndex:
         """Where the samples of one of the shards lie; raises UserError if it has gone or changed."""
         return self._indexes[url]
 
     def expect(self, shard: Int64, sample: Int64) -> None:
         """Name samples that will be asked for soon."""
-        remote = [self.is_remote(number) for number in shard.tolist()]
+        remote = [not resolve(self.urls[number]).local for number in shard.tolist()]
         shard, sample = shard[remote], sample[remote]
         self._indexes.load([self.urls[number] for number in np.unique(shard).tolist()])
         places = [self._place(s, n) for s, n in zip(shard.tolist(), sample.tolist(), strict=True)]
@@ -167,6 +165,8 @@ class Samples:
         self.names = tuple(shard.name for shard in present)
         self.sizes = tuple(shard.samples for shard in present)
         self._indexes.samples = dict(zip(self.urls, self.sizes, strict=True))
+        one_a_folder = {folder_of(url): url for url in self.urls}.values()
+        self.remote = any(not resolve(url).local for url in one_a_folder)
 
     def _check_share(self, pattern: str, left_out: int) -> None:
         fraction = self.tolerate.max_bad_fraction if self.tolerate else 0.0

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.augment import Size
+from data_pipeline.buckets import BucketedOrder, Buckets, assign, read_sizes
 from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
 from data_pipeline.keep import Keep, Kept, open_kept
 from data_pipeline.mixture import Located, MixedOrder
 from data_pipeline.order import Int64
 from data_pipeline.samples import Encoded, Samples, whole
 from data_pipeline.texts import TextMember
+from flows.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,15 @@ class Stream:
         lanes: int,
         window: int,
         text: TextMember | None,
+        buckets: Buckets | None,
     ) -> None:
         self.sets = tuple(sets)
         self.tolerate = tolerate
         self.text = text
-        sizes, weights = [one.sizes for one in sets], [one.weight for one in sets]
-        self.order = MixedOrder(sizes, weights, seed=seed, lanes=lanes, window=window)
-        self.epochs = [order.samples for order in self.order.orders]
+        self.order = _order_of(self.sets, buckets, seed=seed, lanes=lanes, window=window)
+        self.epochs = self.order.epochs
         self.samples = sum(self.epochs)
-        self.remote = any(
-            one.contents.is_remote(shard) for one in sets for shard in range(len(one.contents.urls))
-        )
+        self.remote = any(one.contents.remote for one in sets)
         facts = [
             (
                 list(zip(one.contents.names, one.contents.sizes, strict=True)),
@@ -93,9 +94,10 @@ class Stream:
             )
             for one in sets
         ]
-        proportions = self.order.mixture.weights.tolist()
-        named = repr((facts, proportions, seed, lanes, window)).encode()
-        self.fingerprint = hashlib.sha256(named).hexdigest()[:16]
+        named = [facts, list(self.order.proportions), seed, lanes, window]
+        if buckets is not None:
+            named += [buckets.shapes, buckets.batch]
+        self.fingerprint = hashlib.sha256(repr(tuple(named)).encode()).hexdigest()[:16]
 
     def keys(self, positions: Tensor) -> list[str]:
         """`SHARD/KEY` of the samples at (batch,) positions; of several sets, `SET:SHARD/KEY`."""
@@ -118,16 +120,19 @@ class Stream:
         attempts: (batch,) 0 for the sample itself, 1, 2, ... for those that take its place: any of the
             same epoch of the same data set, drawn by seed, position and attempt alone
         """
-        located = self.locate(positions, attempts)
-        found: dict[int, Found | BadSample] = {}
+        return self.fetch_at(self.locate(positions, attempts))
+
+    def fetch_at(self, located: Located) -> list[Found | BadSample]:
+        """The samples at (batch,) places; in the place of a bad one, what is wrong with it."""
+        found: list[Found | BadSample | None] = [None] * len(located.source)
         for one, mine in self._by_set(located):
             part = one.contents.fetch(located.shard[mine], located.sample[mine])
-            found.update(zip(mine.tolist(), part, strict=True))
-        return [found[place] for place in range(len(positions))]
+            for place, sample in zip(mine.tolist(), part, strict=True):
+                found[place] = sample
+        return [sample for sample in found if sample is not None]
 
-    def expect(self, positions: Tensor) -> None:
-        """Name (batch,) positions that will be asked for soon."""
-        located = self.locate(positions)
+    def expect(self, located: Located) -> None:
+        """Name (batch,) places that will be asked for soon."""
         for one, mine in self._by_set(located):
             one.contents.expect(located.shard[mine], located.sample[mine])
 
@@ -155,6 +160,10 @@ class Stream:
             if (mine := np.flatnonzero(found.source == number)).size:
                 yield one, mine
 
+    def size_at(self, position: int) -> Size | None:
+        """(height, width) of the global batch that holds a position; None: any that is wanted."""
+        return self.order.size_at(position)
+
     @property
     def past(self) -> list[PastShard]:
         """The shards of all sets, as a run that begins now has to remember them."""
@@ -173,7 +182,7 @@ class Stream:
         """All that says where the stream stands: integers a data set, and what they count."""
         return {
             "position": position,
-            "taken": self.order.mixture.taken(position),
+            "taken": self.order.taken(position),
             "samples": self.epochs,
             "fingerprint": self.fingerprint,
         }
@@ -193,12 +202,15 @@ def open_stream(
     window: int,
     tolerate: Tolerance | None = None,
     text: TextMember | None = None,
+    buckets: Buckets | None = None,
 ) -> Stream:
     """The stream over shards, by pattern and weight.
 
     keep: see `open_kept`; empty: every sample
     tolerate: which faults to live with; None: none
     text: the embedded captions that every sample has; None: they are not read
+    buckets: shapes of batches, each of which holds images of about its aspect alone, so that little of
+        them is cut off; None: all batches have one shape
 
     Raises UserError if a shard is missing, unsafe, or holds a sample without image, label or text, if
     weights are too fine, or if nothing of a data set is kept.
@@ -210,4 +222,26 @@ def open_stream(
         )
         for number, (pattern, weight) in enumerate(sources)
     ]
-    return Stream(sets, tolerate, seed=seed, lanes=lanes, window=window, text=text)
+    return Stream(sets, tolerate, seed=seed, lanes=lanes, window=window, text=text, buckets=buckets)
+
+
+def _order_of(
+    sets: Sequence[DataSet], buckets: Buckets | None, *, seed: int, lanes: int, window: int
+) -> MixedOrder | BucketedOrder:
+    if buckets is None:
+        sizes, weights = [one.sizes for one in sets], [one.weight for one in sets]
+        return MixedOrder(sizes, weights, seed=seed, lanes=lanes, window=window)
+    if len(sets) > 1:
+        raise UserError(
+            "data.train: a mixture of data sets has no buckets of shapes; train on one set, or on images "
+            "of one shape"
+        )
+    (one,) = sets
+    assigned = []
+    for shard, count in enumerate(one.sizes):
+        number = np.arange(count)
+        rows = one.rows(np.full_like(number, shard), number)
+        assigned.append(assign(read_sizes(one.contents, shard)[rows], buckets.shapes))
+    return BucketedOrder(
+        assigned, buckets.shapes, batch=buckets.batch, seed=seed, lanes=lanes, window=window
+    )

@@ -79,7 +79,7 @@ def _layout_checks(made: Plan) -> list[Check]:
 
 def _data_checks(made: Plan) -> list[Check]:
     stream, train = made.stream, made.recipe.train
-    taken = stream.order.mixture.taken(train.steps * train.batch)
+    taken = stream.order.taken(train.steps * train.batch)
     checks = [
         Check(
             "shards" if len(taken) == 1 else f"shards of {url}",
