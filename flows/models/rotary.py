@@ -49,6 +49,13 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     turn: (2, tokens, pairs), see `turns`
     """
     cosine, sine = turn.unbind(0)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # The compiler makes one kernel of these, and none of complex numbers.
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+    else:
+        # One pass instead of eight, of which most would read every other number.
+        beside = pairs if pairs.stride(-1) == 1 else pairs.contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(beside) * torch.complex(cosine, sine))
     return turned.flatten(-2).to(x.dtype)

@@ -424,3 +424,14 @@ def test_an_affine_layer_norm_is_that_of_pytorch() -> None:
 def test_impossible_options_are_refused_by_key(changes: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         DiTConfig(**(vars(PLAIN) | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lightning with all", "peri", "post", "dyt affine"])
+def test_compiled_blocks_are_the_same(name: str) -> None:
+    config = config_of(name)
+    model, given = disturbed(config), inputs(config)
+    out = model(**given)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(model(**given), out, rtol=1e-5, atol=2e-5)

@@ -435,3 +435,12 @@ def test_what_is_missing_is_asked_for() -> None:
         fresh(PLAIN)(**given | {"text": given["text"][:, :4]})
     with pytest.raises(UserError, match=r"model.vector_width = 9: the network takes a vector"):
         fresh(config_of("flux"))(**given)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_same() -> None:
+    model, given = disturbed(), inputs()
+    out = model(**given)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(model(**given), out, rtol=1e-5, atol=2e-5)

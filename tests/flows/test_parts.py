@@ -17,6 +17,12 @@ def test_rotation_turns_adjacent_pairs_and_keeps_their_length():
     torch.testing.assert_close(turned[..., 0, :], x[..., 0, :])
 
 
+def test_rotation_takes_features_that_do_not_lie_side_by_side():
+    x = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    turn = turns(axis_angles(torch.arange(5), 4))
+    assert torch.equal(rotate(x, turn), rotate(x.contiguous(), turn))
+
+
 def test_products_of_turned_vectors_depend_on_their_distance_alone():
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(8, generator=generator).expand(6, 8) for _ in range(2))
