@@ -14,7 +14,7 @@ import torch
 
 from flows.batch import Batch
 from flows.errors import UserError
-from flows.objectives.objective import Objective, Prepared
+from flows.objectives.objective import Couple, Objective, Prepared
 from flows.randomness import Draw
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
@@ -200,6 +200,10 @@ class Poisoned:
 
     objective: Objective
     positions: tuple[int, ...]
+
+    @property
+    def couple(self) -> Couple | None:
+        return self.objective.couple
 
     def prepare(self, batch: Batch, draw: Draw) -> Prepared:
         prepared = self.objective.prepare(batch, draw)
