@@ -1,11 +1,17 @@
 """Multi-head self-attention in which every token sees every token."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.models.norms import EPSILON, RMSNorm
 from flows.models.rotary import rotate
+
+# (queries, keys, values, mask) -> (batch, heads, tokens, head width), as `see_all` and `see_before`.
+# Modules call theirs through an attribute, so that one who holds parts of sequences can replace it.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class QueryKeyValue(nn.Linear):
@@ -55,6 +61,7 @@ class Attention(nn.Module):
         self.query_norm = head_norm(self.head_width, exists=qk_norm, epsilon=epsilon)
         self.key_norm = head_norm(self.head_width, exists=qk_norm, epsilon=epsilon)
         self.out = nn.Linear(width, width)
+        self.kernel: Kernel = see_all
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, tokens, width) -> queries, keys, values (batch, heads, tokens, head width)."""
@@ -66,7 +73,7 @@ class Attention(nn.Module):
 
         turn: (2, tokens, head width / 2) of each token's place, see `flows.models.rotary.turns`
         """
-        result: Tensor = self.out(attend(*self.heads(x), turn))
+        result: Tensor = self.out(attend(self.kernel, *self.heads(x), turn))
         return result
 
 
@@ -82,6 +89,7 @@ def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend(
+    kernel: Kernel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,10 +98,28 @@ def attend(
 ) -> Tensor:
     """Every query over all keys: (batch, heads, tokens, head width) -> (batch, tokens, width).
 
+    kernel: `see_all`, or what stands for it
     turn: (2, tokens, head width / 2) turns queries and keys by their places
     mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
     """
     if turn is not None:
         query, key = rotate(query, turn), rotate(key, turn)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return mixed.transpose(1, 2).flatten(2)
+    return kernel(query, key, value, mask).transpose(1, 2).flatten(2)
+
+
+def see_all(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of every query over all keys, scaled by 1 / sqrt(head width).
+
+    query: (batch, heads, tokens, head width); returns the same shape
+    key, value: (batch, kv_heads, tokens, head width), each head shared by heads / kv_heads queries
+    mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
+    """
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def see_before(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """As `see_all`, of query i over the keys 0 ... i; no key is masked."""
+    assert mask is None, "a causal chain has no masked keys"
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)

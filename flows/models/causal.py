@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.errors import UserError
-from flows.models.attention import QueryKeyValue
+from flows.models.attention import Kernel, QueryKeyValue, see_before
 from flows.models.feedforward import RATIO
 from flows.models.norms import DynamicTanh, RMSNorm
 from flows.models.rotary import rotate
@@ -121,6 +121,7 @@ class CausalAttention(nn.Module):
         self.query_norm = RMSNorm(shape.head_width, offset=1.0) if shape.qk_norm else None
         self.key_norm = RMSNorm(shape.head_width, offset=1.0) if shape.qk_norm else None
         self.out = nn.Linear(shape.width, shape.width, bias=shape.bias)
+        self.kernel: Kernel = see_before  # of whole sequences; sampling has a cache instead
 
     def forward(self, x: Tensor, turn: Tensor | None, cache: KeyValue | None) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width); see `CausalLayer.forward`."""
@@ -132,9 +133,7 @@ class CausalAttention(nn.Module):
         if turn is not None:
             query, key = rotate(query, turn), rotate(key, turn)
         if cache is None:
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self.grouped
-            )
+            mixed = self.kernel(query, key, value, None)
         else:
             mixed = self._attend(query, key, value, cache)
         return project(self.out, mixed.transpose(1, 2).flatten(2))

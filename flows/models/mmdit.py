@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.initialise import Rule
-from flows.models.attention import QueryKeyValue, attend, head_norm, split_heads
+from flows.models.attention import (
+    Kernel,
+    QueryKeyValue,
+    attend,
+    head_norm,
+    see_all,
+    split_heads,
+)
 from flows.models.dit import Final, adaln_zero, told_time
 from flows.models.embeddings import (
     TimeEmbedding,
@@ -179,6 +186,7 @@ class Double(nn.Module):
         self.text_tokens = config.text_tokens
         self.text = Stream(config, updated=text_updated)
         self.image = Stream(config, updated=True)
+        self.kernel: Kernel = see_all
 
     def forward(
         self,
@@ -202,7 +210,7 @@ class Double(nn.Module):
             for stream, x, (shift, scale, *_) in zip(streams, parts, vectors, strict=True)
         ]
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(*heads, strict=True))
-        mixed = attend(query, key, value, turn, mask).split(sizes, dim=1)
+        mixed = attend(self.kernel, query, key, value, turn, mask).split(sizes, dim=1)
         return torch.cat(
             [
                 stream.update(x, joined, own[2:])
@@ -228,6 +236,7 @@ class Single(nn.Module):
         self.query_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
         self.key_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
         self.down = nn.Linear((1 + RATIO) * width, width)
+        self.kernel: Kernel = see_all
 
     def forward(
         self,
@@ -241,7 +250,8 @@ class Single(nn.Module):
         up = self.up(modulated_norm(tokens, shift, scale))
         qkv, hidden = up.split((3 * self.width, RATIO * self.width), dim=-1)
         query, key, value = split_heads(qkv, self.head_width)
-        mixed = attend(self.query_norm(query), self.key_norm(key), value, turn, mask)
+        query, key = self.query_norm(query), self.key_norm(key)
+        mixed = attend(self.kernel, query, key, value, turn, mask)
         update = self.down(torch.cat((mixed, F.gelu(hidden, approximate="tanh")), dim=-1))
         return gated_residual(tokens, gate, update)
 
