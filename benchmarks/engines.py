@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.overhead import LARGEST_DIFFERENCE
@@ -30,7 +29,7 @@ from flows.randomness import Draw
 from parallel.clock import Clock
 from parallel.fsdp import quiet
 from parallel.parallelize import FlowModel
-from parallel.pieces import FlatPiece, Held
+from parallel.pieces import FlatPiece, Held, whole_tensor
 from parallel.processes import Ranks, start, stop
 from trainer.assembly import build_objective, model_architecture, plan
 from trainer.engines import build_engine, optimizer_factory, place
@@ -251,8 +250,7 @@ def _whole(weights: Mapping[str, Held]) -> dict[str, Tensor]:
             dist.all_reduce(line)
             found[name] = line.view(held.shape)
         else:
-            whole = held.full_tensor() if isinstance(held, DTensor) else held
-            found[name] = whole.detach().clone()
+            found[name] = whole_tensor(held).detach().clone()
     return found
 
 

@@ -8,34 +8,30 @@ gradients are averaged over `replicate` after they have been cut.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel.mesh import Layout
-
 
 def shard_model(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     mesh: DeviceMesh,
-    layout: Layout,
     *,
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool,
 ) -> None:
-    """Cut each block, then the rest of the model, in place; parameters become DTensors."""
+    """Cut each block, then the rest of the model, in place; parameters become DTensors.
+
+    mesh: one axis, along which parameters are cut, or two: along the first lie copies (HSDP)
+    """
     quiet()
-    axes: Any = ("replicate", "shard") if layout.strategy == "hsdp" else "shard"
     for block in blocks:
-        fully_shard(
-            block, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The backward begins with the rest, so dropping it after the forward would be for nothing.
-    fully_shard(model, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def quiet() -> None:
@@ -44,10 +40,10 @@ def quiet() -> None:
 
 
 def replicate_model(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:
-    """Average gradients over `replicate`; every rank has drawn the same weights already."""
+    """Average gradients over the one axis of `mesh`; every rank has drawn the same weights already."""
     return DistributedDataParallel(
         model,
-        process_group=mesh.get_group("replicate"),
+        process_group=mesh.get_group(),
         init_sync=False,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,

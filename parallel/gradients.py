@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 
-from parallel.pieces import local_part
+from parallel.pieces import Slice, local_part
 
 EPSILON = 1e-6
 
@@ -23,27 +23,30 @@ Groups = tuple[ProcessGroup, ...]
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor | Slice]) -> Tensor:
     """() float32 L2 norm of all gradients, the same on every rank (also when it is not finite)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    squares = [_squares(pieces, groups) for groups, pieces in _by_cut(gradients).items()]
-    return torch.stack(squares).sum().sqrt()
+    return _norm(_by_cut(parameters))
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor | Slice], max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)) in place; None leaves them.
 
     Returns the norm before. A norm that is not finite spoils every gradient: skip that step.
     """
-    listed = list(parameters)
-    norm = gradient_norm(listed)
-    pieces = [local_part(p.grad) for p in listed if p.grad is not None]
+    cut = _by_cut(parameters)
+    norm = _norm(cut)
+    pieces = [piece for pieces in cut.values() for piece in pieces]
     if max_norm is not None and pieces:
         torch._foreach_mul_(pieces, (max_norm / (norm + EPSILON)).clamp(max=1.0))
     return norm
+
+
+def _norm(cut: dict[Groups, list[Tensor]]) -> Tensor:
+    if not cut:
+        return torch.zeros(())
+    squares = [_squares(pieces, groups) for groups, pieces in cut.items()]
+    return torch.stack(squares).sum().sqrt()
 
 
 def _squares(pieces: list[Tensor], groups: Groups) -> Tensor:
@@ -55,19 +58,21 @@ def _squares(pieces: list[Tensor], groups: Groups) -> Tensor:
     return total
 
 
-def _by_cut(gradients: list[Tensor]) -> dict[Groups, list[Tensor]]:
-    """Local pieces by the process groups along which they differ, in one order on all ranks."""
-    whole: list[Tensor] = []
-    placed: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
-    for gradient in gradients:
+def _by_cut(parameters: Iterable[Tensor | Slice]) -> dict[Groups, list[Tensor]]:
+    """Local gradients by the process groups along which they differ, in one order on all ranks."""
+    cut: dict[Groups, list[Tensor]] = {}
+    known: dict[tuple[DeviceMesh, tuple[Placement, ...]], Groups] = {}
+    for parameter in parameters:
+        own: Groups = (parameter.cut.group,) if isinstance(parameter, Slice) else ()
+        gradient = (parameter.local if isinstance(parameter, Slice) else parameter).grad
+        if gradient is None:
+            continue
         if isinstance(gradient, DTensor):
             place = (gradient.device_mesh, gradient.placements)
-            placed.setdefault(place, []).append(gradient.to_local())
-        else:
-            whole.append(gradient)
-    cut: dict[Groups, list[Tensor]] = {(): whole} if whole else {}
-    for (mesh, placements), pieces in placed.items():
-        cut.setdefault(_groups(mesh, placements), []).extend(pieces)
+            if place not in known:
+                known[place] = _groups(*place)
+            own = known[place] + own
+        cut.setdefault(own, []).append(local_part(gradient))
     return cut
 
 

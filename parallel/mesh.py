@@ -8,17 +8,20 @@ Axes, outermost first (neighbours in `tp` talk most, so they are closest):
     tp         parts of each matrix product
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flows.errors import UserError
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 AXES = ("pp", "replicate", "shard", "cp", "tp")
-DATA_AXES = ("replicate", "shard")
+DATA_AXES = ("replicate", "shard")  # along which ranks read different samples
+PEER_AXES = ("cp", "tp")  # along which they share them
 
 
 @dataclass(frozen=True)
@@ -46,36 +49,61 @@ class Layout:
 
 
 def resolve_layout(
-    strategy: Strategy | None, replicate: int | None, shard: int | None, world_size: int
+    strategy: Strategy | None,
+    replicate: int | None,
+    shard: int | None,
+    world_size: int,
+    *,
+    tp: int = 1,
+    cp: int = 1,
 ) -> Layout:
     """Fill in what was left to be inferred, and check the whole; needs no process group.
 
-    strategy: None for "none" on one rank and "fsdp" on several
-    replicate, shard: None to be inferred
+    strategy: how the model lies over the ranks that do not share matrix products, which are `world_size
+        / tp`; None for "none" where that is one rank, and "fsdp" where they are several
+    replicate, shard: None to be inferred; their product is `world_size / (tp * cp)`
     Raises UserError with the values that would work.
     """
-    chosen = strategy or ("none" if world_size == 1 else "fsdp")
+    ranks = _data_ranks(world_size, tp, cp)
+    chosen = strategy or ("none" if ranks * cp == 1 else "fsdp")
     if chosen not in get_args(Strategy):
         raise UserError(
             f"parallel.strategy = {chosen} is not known; "
             f"use {', '.join(get_args(Strategy))} or null."
         )
+    if chosen == "none" and ranks * cp != 1:
+        raise UserError(
+            f"parallel.strategy = none needs {_ranks(tp)} but there are {world_size}; "
+            "use ddp, fsdp or hsdp."
+        )
     if chosen == "hsdp":
-        replicate, shard = _hybrid(replicate, shard, world_size)
+        replicate, shard = _hybrid(replicate, shard, ranks, cp)
     else:
-        replicate, shard = _single_axis(chosen, replicate, shard, world_size)
-    return Layout(chosen, pp=1, replicate=replicate, shard=shard, cp=1, tp=1)
+        replicate, shard = _single_axis(chosen, replicate, shard, ranks)
+    return Layout(chosen, pp=1, replicate=replicate, shard=shard, cp=cp, tp=tp)
+
+
+def _data_ranks(world_size: int, tp: int, cp: int) -> int:
+    """Ranks (or groups of ranks) that read different samples."""
+    if world_size % (tp * cp):
+        fits = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        keys = " x ".join(
+            f"parallel.{key} = {size}" for key, size in (("tp", tp), ("cp", cp)) if size > 1
+        )
+        raise UserError(
+            f"{keys} does not divide {_ranks(world_size)}; the product of parallel.tp and parallel.cp "
+            f"may be {', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}."
+        )
+    return world_size // (tp * cp)
 
 
 def _single_axis(
     strategy: Strategy, replicate: int | None, shard: int | None, world_size: int
 ) -> tuple[int, int]:
-    """none, ddp and fsdp: one axis has all the ranks, so each degree has one right value."""
-    if strategy == "none" and world_size != 1:
-        raise UserError(
-            f"parallel.strategy = none needs 1 rank but there are {world_size}; "
-            "use ddp, fsdp or hsdp."
-        )
+    """none, ddp and fsdp: one axis has all the ranks, so each degree has one right value.
+
+    world_size: of the ranks that read different samples
+    """
     right = {
         "replicate": world_size if strategy == "ddp" else 1,
         "shard": world_size if strategy == "fsdp" else 1,
@@ -90,18 +118,21 @@ def _single_axis(
     return right["replicate"], right["shard"]
 
 
-def _hybrid(replicate: int | None, shard: int | None, world_size: int) -> tuple[int, int]:
-    """hsdp: both degrees above 1; one or both may be inferred (both: two copies of the model)."""
-    if not _has_hybrids(world_size):
+def _hybrid(replicate: int | None, shard: int | None, world_size: int, cp: int) -> tuple[int, int]:
+    """hsdp: more than one copy, each over more than one rank; what is inferred has two copies, if it can.
+
+    world_size: of the ranks that read different samples; a copy lies over shard x cp ranks
+    """
+    pairs = [
+        (copies, world_size // copies)
+        for copies in range(2, world_size + 1)
+        if world_size % copies == 0 and world_size // copies * cp > 1
+    ]
+    if not pairs:
         raise UserError(
             "parallel.strategy = hsdp needs a number of ranks that is a product of two numbers "
             f"above 1, not {world_size}; use fsdp or ddp, or another number of ranks."
         )
-    pairs = [
-        (copies, world_size // copies)
-        for copies in range(2, world_size)
-        if world_size % copies == 0
-    ]
     for pair in pairs:
         if replicate in (None, pair[0]) and shard in (None, pair[1]):
             return pair
@@ -117,6 +148,30 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     return init_device_mesh(
         device.type, tuple(getattr(layout, axis) for axis in AXES), mesh_dim_names=AXES
     )
+
+
+def groups_along(mesh: DeviceMesh, axes: Sequence[str]) -> list[ProcessGroup]:
+    """The process groups of this rank along those of the axes that have several ranks."""
+    return [mesh.get_group(axis) for axis in axes if mesh[axis].size() > 1]
+
+
+def averaging_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks over which gradients are averaged: copies of the model x what one copy is cut over.
+
+    Ranks that have parts of one sequence average as if they had different samples: a copy is cut over
+    `shard` x `cp`; where nothing is cut, there are `replicate` x `cp` copies. One axis, two for hsdp.
+    """
+    if layout.strategy == "ddp":
+        return _with_cp(mesh, layout, "replicate")
+    if layout.strategy != "hsdp":
+        return _with_cp(mesh, layout, "shard")
+    if layout.cp == 1:
+        return mesh["replicate", "shard"]
+    return DeviceMesh._concatenate([mesh["replicate"], _with_cp(mesh, layout, "shard")])
+
+
+def _with_cp(mesh: DeviceMesh, layout: Layout, axis: str) -> DeviceMesh:
+    return mesh[axis] if layout.cp == 1 else mesh[axis, "cp"]._flatten(f"{axis}_cp")
 
 
 def data_rank(mesh: DeviceMesh) -> int:

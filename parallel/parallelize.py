@@ -1,18 +1,19 @@
 """From a model on the meta device to one that lies over the ranks, in the order that matters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flows.initialise import Initialisable, rules_of
 from parallel.activation import checkpoint_blocks
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
-from parallel.mesh import Layout
+from parallel.mesh import Layout, averaging_mesh
+from parallel.pieces import Cut, Slice
 from parallel.precision import Precision, gather_policy
 
 
@@ -32,12 +33,23 @@ class ParallelModel:
 
     bare: the model itself; sampling calls this
     trained: what a training step calls, which keeps gradients the same on all ranks
-    parameters: single-device name -> parameter, a DTensor where it is cut
+    parameters: single-device name -> parameter, a DTensor where it is cut over data ranks
+    cuts: single-device name -> how it is cut besides, for those parameters that are
     """
 
     bare: nn.Module
     trained: nn.Module
     parameters: dict[str, nn.Parameter]
+    cuts: dict[str, Cut]
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor | Slice:
+        """A tensor that lies over the ranks as parameter `name` does."""
+        return Slice(tensor, self.cuts[name]) if name in self.cuts else tensor
+
+    @property
+    def held(self) -> dict[str, Tensor | Slice]:
+        """The parameters, as parts of whole ones."""
+        return {name: self.placed(name, value) for name, value in self.parameters.items()}
 
 
 def parallelize(
@@ -61,6 +73,7 @@ def parallelize(
     described = cast(FlowModel, model)
     rules = rules_of(described)
     names = [name for name, _ in model.named_parameters()]
+    cuts: dict[str, Cut] = {}
 
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
@@ -70,15 +83,16 @@ def parallelize(
         shard_model(
             model,
             described.blocks,
-            mesh,
-            layout,
+            averaging_mesh(mesh, layout),
             policy=gather_policy(precision),
             reshard_after_forward=reshard_after_forward,
         )
     model.to_empty(device=device)
     # Wrapping adds prefixes to names but keeps the order of parameters.
     parameters = dict(zip(names, model.parameters(), strict=True))
-    fill_parameters(parameters, rules, seed)
+    laid_out = ParallelModel(model, model, parameters, cuts)
+    fill_parameters(laid_out.held, rules, seed)
     described.reset_buffers()
-    trained = replicate_model(model, mesh) if layout.strategy == "ddp" else model
-    return ParallelModel(model, trained, parameters)
+    if layout.strategy == "ddp":
+        return replace(laid_out, trained=replicate_model(model, averaging_mesh(mesh, layout)))
+    return laid_out

@@ -1,8 +1,10 @@
-"""What a rank holds of a tensor: all of it, a DTensor, or a run of its elements as ZeRO cuts it.
+"""What a rank holds of a tensor: all of it, a DTensor, a slice, or a run of elements as ZeRO cuts it.
 
-ZeRO lays parameters end to end and cuts the line, so a rank's part begins and ends anywhere in a
-parameter. No DTensor says that; `FlatPiece` does, and it knows which boxes of the whole tensor it
-is made of, which is all that initial values, averages and checkpoints ask.
+Tensor and expert parallelism cut a parameter along one dimension, a fused one stretch by stretch, and
+what is left may be cut once more over the data ranks: `Slice`. ZeRO lays parameters end to end and cuts
+the line, so a rank's part begins and ends anywhere in a parameter: `FlatPiece`. No DTensor says either;
+these do, and they know which boxes of the whole tensor they are made of, which is all that initial
+values, averages and checkpoints ask.
 """
 
 import math
@@ -10,8 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Offsets = tuple[int, ...]
 
@@ -55,14 +60,124 @@ class FlatPiece:
             done += count
 
 
-Held = Tensor | FlatPiece
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How a tensor is cut over the ranks of a group, of which rank `index` of `count` has its shares.
+
+    shape: of the whole tensor
+    dim: the dimension that is cut
+    parts: sizes of stretches along `dim`, which fill it; a rank has share `index` of each of them
+    group: the ranks that hold the other shares
+    """
+
+    shape: torch.Size
+    dim: int
+    parts: tuple[int, ...]
+    index: int
+    count: int
+    group: ProcessGroup
+
+    @property
+    def local_shape(self) -> torch.Size:
+        sizes = list(self.shape)
+        sizes[self.dim] //= self.count
+        return torch.Size(sizes)
+
+    def shares(self) -> Iterator[tuple[int, int, int]]:
+        """For each stretch: where this rank's share begins in the slice and in the whole, its length."""
+        before = 0
+        for part in self.parts:
+            length = part // self.count
+            yield before // self.count, before + self.index * length, length
+            before += part
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """This rank's shares of a tensor that is cut along one dimension.
+
+    local: of `cut.local_shape`, the shares one behind the other; a DTensor where data ranks cut it again
+    """
+
+    local: Tensor
+    cut: Cut
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.cut.shape
+
+    def detach(self) -> "Slice":
+        """The same memory, out of any graph."""
+        return replace(self, local=self.local.detach())
+
+    def clone(self) -> "Slice":
+        """The same place with memory of its own."""
+        return replace(self, local=self.local.clone())
+
+    def boxes(self) -> Iterator[tuple[Offsets, Tensor]]:
+        """Where each box of this slice begins in the whole tensor, and the box, a view.
+
+        One box a stretch, at most.
+        """
+        held, dim = local_part(self.local), self.cut.dim
+        begin = global_offset(self.local)
+        for in_slice, in_whole, length in self.cut.shares():
+            low = max(begin[dim], in_slice)
+            high = min(begin[dim] + held.shape[dim], in_slice + length)
+            if high > low or self.shape.numel() == 0:
+                offsets = (*begin[:dim], in_whole + low - in_slice, *begin[dim + 1 :])
+                yield offsets, held.narrow(dim, low - begin[dim], high - low)
+
+    def whole(self) -> Tensor:
+        """All of the tensor, on every rank; a collective over the data ranks and over `cut.group`."""
+        slice_ = whole_tensor(self.local).detach().contiguous()
+        others = [torch.empty_like(slice_) for _ in range(self.cut.count)]
+        dist.all_gather(others, slice_, group=self.cut.group)
+        sizes = [length for _, _, length in self.cut.shares()]
+        shares = [other.split(sizes, self.cut.dim) for other in others]
+        return torch.cat(
+            [share for part in zip(*shares, strict=True) for share in part], self.cut.dim
+        )
+
+
+Held = Tensor | FlatPiece | Slice
 
 
 def local_part(held: Held) -> Tensor:
     """This rank's own memory of a tensor, without its padding; may have no elements."""
-    if isinstance(held, FlatPiece):
-        return held.local
+    if isinstance(held, FlatPiece | Slice):
+        return local_part(held.local)
     return held.to_local() if isinstance(held, DTensor) else held
+
+
+def boxes_of(held: Held) -> Iterator[tuple[Offsets, Tensor]]:
+    """The boxes of the whole tensor that this rank holds: where each begins, and a view of it."""
+    if isinstance(held, FlatPiece | Slice):
+        yield from held.boxes()
+    else:
+        yield global_offset(held), local_part(held)
+
+
+def global_offset(tensor: Tensor) -> Offsets:
+    """Where the local part begins in the whole tensor, one index a dimension."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(int(index) for index in offset)
+
+
+def whole_tensor(held: Tensor | Slice) -> Tensor:
+    """All of a tensor, on every rank; a collective where it is cut."""
+    if isinstance(held, Slice):
+        return held.whole()
+    return held.full_tensor() if isinstance(held, DTensor) else held
 
 
 def _boxes(shape: Offsets, begin: int, end: int) -> Iterator[tuple[Offsets, Offsets]]:

@@ -61,7 +61,9 @@ class Plan:
         """How the model lies over the ranks, in words."""
         layout, engine = self.layout, self.recipe.parallel.engine
         by = "" if engine == "native" else f"{engine} "
-        return f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
+        degrees = f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
+        cut = [(name, size) for name, size in (("cp", layout.cp), ("tp", layout.tp)) if size > 1]
+        return degrees + "".join(f" x {name} {size}" for name, size in cut)
 
     @property
     def local_batch(self) -> int:

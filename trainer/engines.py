@@ -36,9 +36,13 @@ class Placement:
         return cast(accelerate.Kind, self.layout.strategy)
 
     def state_bytes(self, parameters: int, averages: int) -> float:
-        """Weights, gradients, two moments and `averages`, of `parameters` parameters, a rank."""
+        """Weights, gradients, two moments and `averages` that a rank holds.
+
+        parameters: of the model, or of this rank's shares of its matrix products
+        """
         if self.deepspeed is None:
-            return 4 * parameters * (4 + averages) / self.layout.shard
+            cut = self.layout.shard * (1 if self.layout.strategy == "ddp" else self.layout.cp)
+            return 4 * parameters * (4 + averages) / cut
         stage, ranks = self.deepspeed["zero_optimization"]["stage"], self.layout.world_size
         if stage == 0:
             return 4 * parameters * (4 + averages)
@@ -63,7 +67,18 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         )
     if section.engine == "deepspeed":
         return _place_deepspeed(recipe, world_size)
-    layout = resolve_layout(section.strategy, section.replicate, section.shard, world_size)
+    if section.cp > 1:
+        raise UserError(
+            f"parallel.cp = {section.cp} cuts sequences, which is not supported; use parallel.cp = 1."
+        )
+    layout = resolve_layout(
+        section.strategy,
+        section.replicate,
+        section.shard,
+        world_size,
+        tp=section.tp,
+        cp=section.cp,
+    )
     return Placement(layout, None)
 
 

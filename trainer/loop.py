@@ -101,6 +101,7 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
             "seconds": clock.take(),
         },
         sum_over_data=engine.sum_over_data,
+        sum_over_peers=engine.sum_over_peers,
     )
     for line in parts.telemetry.lines():
         parts.report.step(line)

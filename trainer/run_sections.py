@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.section import Below1, Positive, Section, Text
 
+# Keys of `parallel` that cut the work on one sample.
+SPLITTING = ("tp", "sequence", "cp", "context")
+
 
 class RunSection(Section):
     dir: Text = Field(description="folder of this run; a checkpoint in it is resumed")
@@ -96,6 +99,15 @@ class ParallelSection(Section):
         None, description="whole copies of the model; null: inferred"
     )
     shard: Positive | None = Field(None, description="ranks one copy is cut over; null: inferred")
+    tp: Positive = Field(1, description="ranks that each matrix product is cut over")
+    sequence: bool = Field(
+        False, description="under tp: between matrix products, tokens are cut over its ranks too"
+    )
+    cp: Positive = Field(1, description="ranks that each sequence is cut over")
+    context: Literal["ulysses", "ring"] = Field(
+        "ulysses",
+        description="under cp: attention exchanges heads for tokens, or passes keys and values around",
+    )
     reshard_after_forward: bool = Field(
         True,
         description="under FSDP: gather weights again for the backward, which takes less memory",
@@ -108,8 +120,8 @@ class ParallelSection(Section):
         """A key that another engine would follow must not be passed over in silence."""
         others = {
             "native": {"deepspeed"},
-            "deepspeed": {"strategy", "replicate", "shard"},
-            "accelerate": {"deepspeed", "replicate", "shard"},
+            "deepspeed": {"strategy", "replicate", "shard", *SPLITTING},
+            "accelerate": {"deepspeed", "replicate", "shard", *SPLITTING},
         }[self.engine]
         for name in sorted(others):
             if getattr(self, name) != type(self).model_fields[name].default:
@@ -117,6 +129,15 @@ class ParallelSection(Section):
                     f"parallel.{name} is given, and parallel.engine = {self.engine} has no use for it; "
                     "drop it, or choose another engine"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_over_tp(self) -> "ParallelSection":
+        if self.sequence and self.tp == 1:
+            raise ValueError(
+                "parallel.sequence = true cuts tokens over the parallel.tp ranks of a matrix product, and "
+                "parallel.tp = 1; set parallel.tp, or cut sequences by parallel.cp"
+            )
         return self
 
 

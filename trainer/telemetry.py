@@ -65,15 +65,17 @@ class Telemetry:
         bad: int,
         host: dict[str, Any],
         sum_over_data: Callable[[Tensor], Tensor],
+        sum_over_peers: Callable[[Tensor], Tensor],
     ) -> None:
         """Send the numbers of step `step` (from 0) on their way; `host` are those that are here already.
 
         bad: samples of this rank's share that were replaced
         """
         loss = result.loss
-        flags = torch.stack(
-            [loss.sum(), *(loss.new_full((), float(n)) for n in (len(loss), stop, bad))]
-        )
+        # Those who share samples say the same of them, but one alone may be asked to stop.
+        stopping = sum_over_peers(loss.new_full((), float(stop)))
+        samples, bad_ones = (loss.new_full((), float(n)) for n in (len(loss), bad))
+        flags = torch.stack([loss.sum(), samples, stopping, bad_ones])
         sums = sum_over_data(torch.cat([flags, *_by_time(result)]))
         ready = self._readout.put(step, {"sums": sums, "grad_norm": norm, "skip": skip})
         if ready is not None:

@@ -156,6 +156,7 @@ def build(
         data_rank=dist.get_rank(),
         data_size=dist.get_world_size(),
         data_groups=[world] if dist.get_world_size() > 1 else [],
+        peer_groups=[],
         compiled=compile,
         reshard_after_forward=reshard_after_forward,
         optimizer=optimizer,
@@ -194,7 +195,7 @@ def _prepare(
     fill_parameters(parameters, rules, seed)
     described.reset_buffers()
     trained = model if kind == "fsdp" else accelerator.prepare_model(model)
-    return ParallelModel(model, trained, parameters)
+    return ParallelModel(model, trained, parameters, {})
 
 
 def _accelerator(kind: Kind, device: torch.device, plugins: Mapping[str, Any]) -> Any:

@@ -78,6 +78,10 @@ class Engine(Protocol):
         """`values` summed over the ranks that read different samples."""
         ...
 
+    def sum_over_peers(self, values: Tensor) -> Tensor:
+        """`values` summed over the ranks that share this rank's samples, itself alone in most layouts."""
+        ...
+
     def gather_over_data(self, values: Tensor) -> Tensor:
         """(ranks that read different samples * n, ...) from the (n, ...) of each, by `data_rank`."""
         ...

@@ -30,8 +30,9 @@ from parallel.engines.engine import (
 )
 from parallel.fsdp import held_whole, release_gathered
 from parallel.gradients import clip_gradients
-from parallel.mesh import DATA_AXES, Layout, data_rank
+from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
 from parallel.parallelize import ParallelModel, parallelize
+from parallel.pieces import Slice
 from parallel.precision import Precision, computing
 
 
@@ -46,6 +47,7 @@ class NativeEngine:
         data_rank: int,
         data_size: int,
         data_groups: Sequence[ProcessGroup],
+        peer_groups: Sequence[ProcessGroup],
         precision: Precision,
         compiled: bool,
         reshard_after_forward: bool,
@@ -53,7 +55,7 @@ class NativeEngine:
         clock: Clock,
     ) -> None:
         """data_groups: the axes along which ranks read different samples, the outermost first
-
+        peer_groups: the axes along which they share samples
         compiled, reshard_after_forward: as the model was made
         optimizer: is given canonical names and parameters; it must make a fused optimizer, whose
             kernels leave everything as it is when they are told to skip
@@ -62,16 +64,17 @@ class NativeEngine:
         self.data_rank, self.data_size = data_rank, data_size
         self._clock, self._precision, self._compiled = clock, precision, compiled
         self._reshard_after_forward = reshard_after_forward
-        self._data_groups, self._model = data_groups, model
+        self._data_groups, self._peer_groups = data_groups, peer_groups
+        self._model = model
         self._optimizer = require_fused(optimizer(list(model.parameters.items())))
         self._create_optimizer_state()
 
-    def parameters(self) -> dict[str, Tensor]:
-        return dict(self._model.parameters)
+    def parameters(self) -> dict[str, Tensor | Slice]:
+        return self._model.held
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
+    def optimizer_tensors(self) -> dict[str, Tensor | Slice]:
         return {
-            f"{name}.{slot}": value
+            f"{name}.{slot}": self._model.placed(name, value) if value.dim() else value
             for name, parameter in self._model.parameters.items()
             for slot, value in self._optimizer.state[parameter].items()
         }
@@ -100,7 +103,7 @@ class NativeEngine:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"):
-            return clip_gradients(self._model.parameters.values(), max_norm)
+            return clip_gradients(self._model.held.values(), max_norm)
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
         with self._clock.phase("optimizer"):
@@ -110,10 +113,10 @@ class NativeEngine:
             self._optimizer.zero_grad(set_to_none=True)
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        total = values.detach().clone()
-        for group in self._data_groups:
-            dist.all_reduce(total, group=group)
-        return total
+        return _summed(values, self._data_groups)
+
+    def sum_over_peers(self, values: Tensor) -> Tensor:
+        return _summed(values, self._peer_groups)
 
     def gather_over_data(self, values: Tensor) -> Tensor:
         gathered = values.detach()
@@ -172,6 +175,13 @@ class NativeEngine:
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
 
+def _summed(values: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    total = values.detach().clone()
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return total
+
+
 def build(
     model: nn.Module,
     layout: Layout,
@@ -203,7 +213,8 @@ def build(
         device=device,
         data_rank=data_rank(mesh),
         data_size=layout.data_size,
-        data_groups=[mesh.get_group(axis) for axis in DATA_AXES if mesh[axis].size() > 1],
+        data_groups=groups_along(mesh, DATA_AXES),
+        peer_groups=groups_along(mesh, PEER_AXES),
         precision=precision,
         compiled=compile,
         reshard_after_forward=reshard_after_forward,

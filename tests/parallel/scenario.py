@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flows.batch import Batch
 from flows.initialise import initialise
@@ -28,7 +27,7 @@ from parallel.engines.deepspeed import DeepSpeedEngine
 from parallel.engines.engine import Engine
 from parallel.engines.native import NativeEngine
 from parallel.mesh import Layout, build_mesh
-from parallel.pieces import FlatPiece, Held
+from parallel.pieces import FlatPiece, Held, whole_tensor
 
 SEED = 11
 GLOBAL_BATCH = 8
@@ -246,7 +245,7 @@ def _whole(held: Held) -> Tensor:
         line[held.start : held.start + len(held.local)] = held.local
         dist.all_reduce(line)
         return line.view(held.shape)
-    return held.full_tensor() if isinstance(held, DTensor) else held
+    return whole_tensor(held)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

@@ -78,23 +78,65 @@ def test_layouts_that_do_not_fit_are_refused_with_the_remedy(asked, world_size, 
     assert "\n" not in message
 
 
-@given(STRATEGIES, DEGREES, DEGREES, st.integers(1, 24))
+@pytest.mark.parametrize(
+    ("asked", "world_size", "expected"),
+    [
+        ((None, None, None, 2, 1), 2, ("none", 1, 1)),
+        ((None, None, None, 2, 1), 4, ("fsdp", 1, 2)),
+        ((None, None, None, 2, 2), 4, ("fsdp", 1, 1)),
+        (("ddp", None, None, 1, 2), 2, ("ddp", 1, 1)),
+        (("ddp", None, None, 2, 1), 4, ("ddp", 2, 1)),
+        (("hsdp", None, None, 1, 2), 4, ("hsdp", 2, 1)),
+        (("hsdp", None, 2, 2, 1), 8, ("hsdp", 2, 2)),
+    ],
+)
+def test_layouts_that_share_samples(asked, world_size, expected):
+    *over_data, tp, cp = asked
+    strategy, replicate, shard = expected
+    layout = Layout(strategy, pp=1, replicate=replicate, shard=shard, cp=cp, tp=tp)
+    assert resolve_layout(*over_data, world_size, tp=tp, cp=cp) == layout
+    assert layout.data_size * tp * cp == world_size
+
+
+@pytest.mark.parametrize(
+    ("strategy", "degrees", "world_size", "sentence"),
+    [
+        (None, (3, 1), 4, "parallel.tp = 3 does not divide 4 ranks; .* may be 1, 2 or 4"),
+        (None, (2, 2), 2, "parallel.tp = 2 x parallel.cp = 2 does not divide 2 .* may be 1 or 2"),
+        (None, (1, 2), 1, "parallel.cp = 2 does not divide 1 rank; .* may be 1"),
+        ("none", (2, 1), 4, "parallel.strategy = none needs 2 ranks but there are 4"),
+        ("none", (1, 2), 2, "parallel.strategy = none needs 1 rank but there are 2"),
+        ("hsdp", (2, 1), 4, "hsdp needs a number of ranks that is a product .*, not 2"),
+    ],
+)
+def test_ranks_that_cannot_share_samples_so_are_refused(strategy, degrees, world_size, sentence):
+    tp, cp = degrees
+    with pytest.raises(UserError, match=sentence):
+        resolve_layout(strategy, None, None, world_size, tp=tp, cp=cp)
+
+
+SHARING = st.sampled_from([1, 2, 3])
+
+
+@given(STRATEGIES, DEGREES, DEGREES, st.integers(1, 24), SHARING, SHARING)
 def test_a_layout_has_all_the_ranks_and_keeps_what_was_asked(
-    strategy, replicate, shard, world_size
+    strategy, replicate, shard, world_size, tp, cp
 ):
     try:
-        layout = resolve_layout(strategy, replicate, shard, world_size)
+        layout = resolve_layout(strategy, replicate, shard, world_size, tp=tp, cp=cp)
     except UserError:
         return
-    assert layout.world_size == world_size == layout.data_size
+    assert layout.world_size == world_size == layout.data_size * tp * cp
+    assert (layout.tp, layout.cp) == (tp, cp)
     assert replicate in (None, layout.replicate)
     assert shard in (None, layout.shard)
     assert strategy in (None, layout.strategy)
+    several = layout.data_size > 1
     assert (layout.replicate > 1, layout.shard > 1) in {
         "none": [(False, False)],
-        "ddp": [(world_size > 1, False)],
-        "fsdp": [(False, world_size > 1)],
-        "hsdp": [(True, True)],
+        "ddp": [(several, False)],
+        "fsdp": [(False, several)],
+        "hsdp": [(True, True), (True, cp == 1)],
     }[layout.strategy]
 
 

@@ -18,7 +18,18 @@ def telemetry(**changes):
     return Telemetry(**(values | {"budget": Budget(0.25, 12)} | changes))
 
 
-def push(meter, step, *, loss=(1.0,), time=(0.5,), skip=0.0, stop=False, bad=0, others=None):
+def push(
+    meter,
+    step,
+    *,
+    loss=(1.0,),
+    time=(0.5,),
+    skip=0.0,
+    stop=False,
+    bad=0,
+    others=None,
+    peers_stop=0,
+):
     """One step; `others` is what the other ranks' numbers add up to."""
 
     def sum_over_data(mine: Tensor) -> Tensor:
@@ -33,6 +44,7 @@ def push(meter, step, *, loss=(1.0,), time=(0.5,), skip=0.0, stop=False, bad=0, 
         bad=bad,
         host=HOST,
         sum_over_data=sum_over_data,
+        sum_over_peers=lambda mine: mine + peers_stop,
     )
     return list(meter.lines())
 
@@ -49,8 +61,16 @@ def numbers_of(loss, time, stop, bad=0):
         bad=bad,
         host={},
         sum_over_data=lambda mine: sent.append(mine) or mine,
+        sum_over_peers=lambda mine: mine,
     )
     return sent[0]
+
+
+def test_one_who_shares_samples_and_is_asked_to_stop_stops_all():
+    meter = telemetry()
+    push(meter, 0, peers_stop=1)
+    push(meter, 1)
+    assert meter.stop_agreed
 
 
 def test_a_step_is_told_while_the_next_one_runs_and_the_last_when_asked():

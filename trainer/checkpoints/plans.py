@@ -1,6 +1,6 @@
-"""The planners of torch.distributed.checkpoint, taught about runs of elements (`FlatPiece`).
+"""The planners of torch.distributed.checkpoint, taught about `FlatPiece`s and `Slice`s.
 
-A piece is saved and loaded as the boxes of the whole tensor that it is made of, so a file does not
+Either is saved and loaded as the boxes of the whole tensor that it is made of, so a file does not
 tell whether a box was a DTensor's shard or a part of a piece, and either is read from the other's.
 """
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from parallel.pieces import FlatPiece, Held
+from parallel.pieces import FlatPiece, Held, Slice
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -56,14 +56,15 @@ class LoadPlanner(DefaultLoadPlanner):
 def planned(tensors: Mapping[str, Held]) -> dict[str, Any]:
     """`tensors` as the planners take them."""
     return {
-        name: Boxes(held) if isinstance(held, FlatPiece) else held for name, held in tensors.items()
+        name: Boxes(held) if isinstance(held, FlatPiece | Slice) else held
+        for name, held in tensors.items()
     }
 
 
 class Boxes:
-    """A piece, seen as boxes. The dunder methods are those that the planners ask for."""
+    """A piece or a slice, seen as boxes. The dunder methods are those that the planners ask for."""
 
-    def __init__(self, piece: FlatPiece) -> None:
+    def __init__(self, piece: FlatPiece | Slice) -> None:
         self._shape, self._properties = piece.shape, TensorProperties(dtype=piece.dtype)
         self._boxes = {torch.Size(offsets): box for offsets, box in piece.boxes()}
 

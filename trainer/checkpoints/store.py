@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as planned_save
 from torch.distributed.tensor import DTensor
 
 from flows.errors import UserError
-from parallel.pieces import FlatPiece, Held
+from parallel.pieces import FlatPiece, Held, Slice
 from trainer.checkpoints.commit import begin, commit, committed, retire, writing_folder
 from trainer.checkpoints.manifest import (
     FORMAT_VERSION,
@@ -63,8 +63,9 @@ def save(
 ) -> Path:
     """Commit `tensors` and `state` as the checkpoint of `step`, keep the newest `keep`; its path.
 
-    Every rank gives the same names with plain tensors (replicas, equal on all ranks), DTensors or
-    `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's `state` is the one kept.
+    Every rank gives the same names with plain tensors (replicas, equal on all ranks), DTensors,
+    `Slice`s or `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's `state` is
+    the one kept.
     UserError on every rank, with the folder as it was, where one rank cannot write.
     """
     if keep < 1:
@@ -210,8 +211,10 @@ def _check_tensors(
 
 
 def _layout(tensors: Mapping[str, Held]) -> str:
-    """For people: `4 ranks, mesh replicate=2 shard=2`, or `2 ranks, cut flat`."""
-    meshes = {tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)}
+    """For people: `4 ranks, mesh replicate=2 shard=2`, `2 ranks, slices 2`, or `2 ranks, cut flat`."""
+    slices = [held for held in tensors.values() if isinstance(held, Slice)]
+    dtensors = [held.local if isinstance(held, Slice) else held for held in tensors.values()]
+    meshes = {tensor.device_mesh for tensor in dtensors if isinstance(tensor, DTensor)}
     names = sorted(
         " ".join(
             f"{name}={size}"
@@ -223,7 +226,8 @@ def _layout(tensors: Mapping[str, Held]) -> str:
     )
     count = f"{_ranks()} rank{'s' * (_ranks() > 1)}"
     flat = ["cut flat"] if any(isinstance(held, FlatPiece) for held in tensors.values()) else []
-    return ", ".join([count, *(f"mesh {name}" for name in names), *flat])
+    sliced = [f"slices {ways}" for ways in sorted({held.cut.count for held in slices})]
+    return ", ".join([count, *(f"mesh {name}" for name in names), *sliced, *flat])
 
 
 def _as_user_error(error: CheckpointException, what: str) -> BaseException:
