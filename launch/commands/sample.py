@@ -197,10 +197,10 @@ def how_in_words(recipe: "Recipe") -> str:
     return f"{recipe.sample.in_words()}, seed {recipe.seed}"
 
 
-def check_picture(option: str, path: Path) -> None:
-    """Raises UserError, before anything takes long, where no PNG could be written."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"{option} {path} is not the name of a .png file; give one.")
+def check_picture(option: str, path: Path, suffix: str = ".png") -> None:
+    """Raises UserError, before anything takes long, where no such picture could be written."""
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise UserError(f"{option} {path} is not the name of a {suffix} file; give one.")
     if not path.resolve().parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first.")
     if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):

@@ -1,0 +1,58 @@
+"""`flowmill pipeline show`: what is printed and drawn is the schedule; bad input is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from parallel.pipeline.catalog import NAMES
+from tests.launch.conftest import Flowmill
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_is_shown(flowmill: Flowmill, name: str) -> None:
+    ended = flowmill("pipeline", "show", "--schedule", name, "--stages", "4", "--json")
+    found = json.loads(ended.out)
+    assert (ended.code, ended.err, found["schedule"]) == (0, "", name)
+    assert [len(found["ranks"]), found["microbatches"]] == [4, 8]
+    ends = [action["end"] for rank in found["ranks"] for action in rank["actions"]]
+    assert max(ends) == found["makespan"]
+    assert 0 < found["bubble"] < 0.3
+
+
+def test_a_table_and_pictures(flowmill: Flowmill, tmp_path: Path) -> None:
+    asked = ("--schedule", "bitpipe", "--stages", "4", "--microbatches", "4")
+    png, svg = tmp_path / "a.png", tmp_path / "a.svg"
+    ended = flowmill("pipeline", "show", *asked, "--png", str(png), "--svg", str(svg))
+    assert ended.code == 0
+    assert "14.3% idle" in ended.out
+    assert "0, 7, 3^, 4^" in ended.out
+    with Image.open(png) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(10**6) or []}
+    # Forward, backward, idle and an addition of gradients.
+    assert {(61, 127, 179), (63, 143, 99), (236, 239, 242), (192, 57, 43)} <= colours
+    first = svg.read_bytes()
+    flowmill("pipeline", "show", *asked, "--svg", str(svg))
+    assert svg.read_bytes() == first
+    assert b"</svg>" in first
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--schedule", "fast"), "--schedule = fast is no schedule"),
+        (("--stages", "5"), "--stages = 5 is odd"),
+        (("--stages", "5000"), "--stages = 5000 is too many to show"),
+        (("--forward", "-1"), "--forward = -1.0 is no cost"),
+        (("--forward", "nan"), "--forward = nan is no cost"),
+        (("--input", "0", "--weight", "0"), "--input or --weight, must be above 0"),
+        (("--png", "a.jpg"), "--png a.jpg is not the name of a .png file"),
+        (("--svg", "a.png"), "--svg a.png is not the name of a .svg file"),
+        (("--png", "nowhere/a.png"), "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_refused(flowmill: Flowmill, given: tuple[str, ...], sentence: str) -> None:
+    ended = flowmill("pipeline", "show", *given)
+    assert (ended.code, ended.out) == (2, "")
+    assert sentence in ended.err
