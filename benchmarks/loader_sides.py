@@ -33,6 +33,7 @@ Decoded = tuple[Tensor, Tensor]  # (batch, 3, size, size) float32 in [-1, 1]; (b
 Opened = Generator[Decoded, None, None]
 SHUFFLED_TOGETHER = 256
 SEED = 1
+LANES = 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Flowmill:
                     "decoder": self.decoder,
                     "threads": setting.workers,
                     "window": SHUFFLED_TOGETHER,
+                    "lanes": LANES,
                 },
                 "model": {"patch": shards.size, "width": 16, "depth": 1, "heads": 1},
                 "train": {"samples": shards.samples, "batch": setting.batch},

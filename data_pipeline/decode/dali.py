@@ -38,6 +38,14 @@ class Part(NamedTuple):
     finished: bool
 
 
+class Own(threading.local):
+    """What each thread has of its own: finished -> pipeline, for at most `largest` images."""
+
+    def __init__(self) -> None:
+        self.pipelines: dict[bool, Any] = {}
+        self.largest = 0
+
+
 class DaliDecoder:
     """See `Decoder`; the batch lies on `device`.
 
@@ -53,10 +61,9 @@ class DaliDecoder:
         self.redecoded = 0
         self._on_gpu = device.type == "cuda"
         self._pillow = PillowDecoder(channels=channels, threads=threads, pinned=self._on_gpu)
-        # finished -> pipeline; one batch at a time.
-        self._pipelines: dict[bool, Any] = {}
-        self._largest = 0
-        self._turn = threading.Lock()
+        # A pipeline runs one batch at a time: each thread that decodes has its own, so that while one
+        # hands over a batch another decodes.
+        self._own = Own()
         # Copies out of DALI's memory do not queue behind the training step's work.
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
 
@@ -66,8 +73,7 @@ class DaliDecoder:
     def decode(self, pictures: Sequence[Picture], views: Views) -> Tensor:
         mine = [place for place, picture in enumerate(pictures) if self._takes(picture)]
         with torch.cuda.stream(self._stream):
-            with self._turn:
-                parts, failed = self._decode_all(pictures, views, mine)
+            parts, failed = self._decode_all(pictures, views, mine)
             others = sorted({*range(len(pictures))}.difference(mine).union(failed))
             if len(parts) == 1 and parts[0].finished and not others and not self._on_gpu:
                 return from_dlpack(parts[0].decoded.as_tensor())
@@ -83,7 +89,7 @@ class DaliDecoder:
         return batch
 
     def close(self) -> None:
-        self._pipelines = {}
+        self._own = Own()
         self._pillow.close()
 
     def _takes(self, picture: Picture) -> bool:
@@ -106,7 +112,7 @@ class DaliDecoder:
         try:
             decoded = self._run([pictures[place].content for place in places], chosen, finished)
         except RuntimeError:
-            del self._pipelines[finished]
+            del self._own.pipelines[finished]
             if len(places) == 1:
                 return [], list(places)
         else:
@@ -174,14 +180,15 @@ class DaliDecoder:
         return decoded
 
     def _pipeline_for(self, batch: int, finished: bool) -> Any:
-        """A pipeline for at most as many images as the largest batch so far."""
-        if batch > self._largest:
-            self._largest, self._pipelines = batch, {}
-        if finished not in self._pipelines:
-            self._pipelines[finished] = build_pipeline(
-                self.device, self._largest, self.channels, self.threads, finished=finished
+        """This thread's pipeline for at most as many images as its largest batch so far."""
+        own = self._own
+        if batch > own.largest:
+            own.largest, own.pipelines = batch, {}
+        if finished not in own.pipelines:
+            own.pipelines[finished] = build_pipeline(
+                self.device, own.largest, self.channels, self.threads, finished=finished
             )
-        return self._pipelines[finished]
+        return own.pipelines[finished]
 
 
 def build_pipeline(

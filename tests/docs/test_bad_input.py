@@ -21,10 +21,12 @@ from PIL import Image
 
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.faults import Tolerance, read_lines
+from data_pipeline.latents import write_array
 from data_pipeline.loader import Loader
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.storage import resolve
 from data_pipeline.stream import open_stream
+from data_pipeline.texts import TextMember
 from flows.errors import UserError
 from launch.cli import main
 from tests.data_pipeline.conftest import Members, grey, image_file, reach, sample, write_tar
@@ -36,6 +38,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 GOOD = 20
 CPU = torch.device("cpu")
 SERVERS: list[ThreadingHTTPServer] = []
+UNDO: list[pytest.MonkeyPatch] = []
 
 
 @dataclass
@@ -46,12 +49,16 @@ class Case:
     broken: the one that is meant by SHARD
     spoil: what happens to it once it is open
     act: what is done other than reading an epoch
+    text: embedded captions that are asked for
+    batch: samples a step
     """
 
     pattern: str
     broken: str
     spoil: Callable[[], object] = field(default=lambda: None)
     act: Callable[[], object] | None = None
+    text: TextMember | None = None
+    batch: int = 10
 
 
 def _set(folder: Path, members: Members | None = None) -> Case:
@@ -116,6 +123,59 @@ def _vanished(folder: Path) -> Case:
 def _shortened(folder: Path) -> Case:
     case = _set(folder)
     case.spoil = lambda: Path(case.broken).write_bytes(b"\0" * 600)
+    return case
+
+
+def _captioned(content: bytes | None) -> Callable[[Path], Case]:
+    """Every sample has an embedded caption; that of the last is `content`."""
+
+    def build(folder: Path) -> Case:
+        words = write_array(np.ones((2, 3), np.float32))
+        for shard in range(5):
+            members: Members = []
+            for number in range(GOOD * shard, GOOD * (shard + 1)):
+                last = number == 5 * GOOD - 1
+                members += sample(f"{number:04d}", number)
+                if (text := content if last else words) is not None:
+                    members.append((f"{number:04d}.text.npy", text))
+            write_tar(folder / f"{shard}.tar", members)
+        return Case(f"{folder}/*.tar", str(folder / "4.tar"), text=TextMember("text.npy", 2, 3))
+
+    return build
+
+
+def _refusing(folder: Path) -> Case:
+    """Nobody listens at the address any more."""
+    pytest.importorskip("aiohttp")
+    case = _served(folder, BaseHTTPRequestHandler)
+    server = SERVERS.pop()
+    server.shutdown()
+    server.server_close()
+    reach(timeout=0.5, attempts=1)
+    case.act = lambda: read_epoch(case, None)
+    return case
+
+
+def _nobody(folder: Path) -> Case:
+    """A storage that wants credentials, asked by somebody who has none anywhere."""
+    pytest.importorskip("s3fs")
+    anywhere = pytest.MonkeyPatch()
+    UNDO.append(anywhere)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        anywhere.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        anywhere.setenv(name, str(folder / "none"))
+    anywhere.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    reach(options={"s3": {"endpoint_url": "http://127.0.0.1:9"}})
+    case = Case("s3://bucket/*.tar", "")
+    case.act = lambda: read_epoch(case, None)
+    return case
+
+
+def _huge(folder: Path) -> Case:
+    case = _set(folder)
+    case.batch = 10**11
+    case.act = lambda: read_epoch(case, None)
     return case
 
 
@@ -225,6 +285,15 @@ BUILD: dict[str, Callable[[Path], Case]] = {
     "storage that cuts the body": _answering("cut"),
     "storage that stalls": _answering("stall"),
     "server that sends whole files for a part": _answering("no ranges"),
+    "no embedded caption": _captioned(None),
+    "damaged embedded caption": _captioned(b"\x93NUMPY"),
+    "embedded caption of another width": _captioned(write_array(np.ones((2, 4), np.float32))),
+    "embedded caption that is not finite": _captioned(
+        write_array(np.full((2, 3), np.nan, np.float32))
+    ),
+    "storage that nobody answers for": _refusing,
+    "storage that wants credentials": _nobody,
+    "batch larger than the memory": _huge,
     "broken JSON": _json(b'{"class": 1, "caption'),
     "no caption in the JSON": _json(b'{"class": 1}'),
     "secret in a recipe": _recipe("data.storage.options.s3.secret=hunter2"),
@@ -264,7 +333,14 @@ def said_by(case: Case, tolerate: Tolerance | None) -> str:
 
 def read_epoch(case: Case, tolerate: Tolerance | None) -> tuple[list[int], int]:
     stream = open_stream(
-        [(case.pattern, 1.0)], keep={}, classes=10, seed=0, lanes=2, window=8, tolerate=tolerate
+        [(case.pattern, 1.0)],
+        keep={},
+        classes=10,
+        seed=0,
+        lanes=2,
+        window=8,
+        tolerate=tolerate,
+        text=case.text,
     )
     case.spoil()
     loader = Loader(
@@ -273,7 +349,7 @@ def read_epoch(case: Case, tolerate: Tolerance | None) -> tuple[list[int], int]:
         size=(4, 4),
         augment=PLAIN,
         seed=0,
-        batch=10,
+        batch=case.batch,
         rank=0,
         ranks=1,
         prefetch=1,
@@ -295,6 +371,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         server = SERVERS.pop()
         server.shutdown()
         server.server_close()
+    while UNDO:
+        UNDO.pop().undo()
     memory = resolve("memory://x").storage
     if memory.exists("/table"):
         memory.rm("/table", recursive=True)
