@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flows.models.division import Division, Linear
 from flows.models.norms import EPSILON, RMSNorm
 from flows.models.rotary import rotate
 
@@ -28,14 +29,18 @@ class QueryKeyValue(nn.Linear):
         """key_width: of keys and of values, where fewer heads share them; `width` unless given.
         extra: further outputs, after the values
         """
+        self.query_width = width
         self.key_width = width if key_width is None else key_width
         super().__init__(width, width + 2 * self.key_width + extra)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width + 2 * key_width + extra)."""
-        rest = self.out_features - self.in_features - self.key_width
-        query, key, others = self.bias.split((self.in_features, self.key_width, rest))
+        rest = len(self.bias) - self.query_width - self.key_width
+        query, key, others = self.bias.split((self.query_width, self.key_width, rest))
         return F.linear(x, self.weight, torch.cat((query, key.detach(), others)))
+
+    def division(self) -> Division:
+        return Division(attributes=("query_width", "key_width"))
 
 
 class Attention(nn.Module):
@@ -75,6 +80,15 @@ class Attention(nn.Module):
         """
         result: Tensor = self.out(attend(self.kernel, *self.heads(x), turn))
         return result
+
+    def division(self) -> Division:
+        width = self.out.out_features
+        return Division(
+            layers={"qkv": Linear("column", (width,) * 3), "out": Linear("row", (width,))},
+            enters=("",),
+            shared=("query_norm", "key_norm"),
+            divisible={"heads": width // self.head_width},
+        )
 
 
 def head_norm(head_width: int, *, exists: bool, epsilon: float) -> nn.Module:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flows.initialise import Rule
 from flows.models.causal import CausalLayer, KeyValue, LayerShape, project
+from flows.models.division import Region
 from flows.models.flow import FlowOutput
 from flows.models.norms import RMSNorm
 from flows.models.rotary import axis_angles, turns
@@ -281,6 +282,25 @@ class FlowBlock(nn.Module):
 def layers_of(blocks: nn.ModuleList) -> list[nn.Module]:
     """All transformer layers of a model's `flow_blocks`, in the order they run in."""
     return [layer for block in _typed(blocks) for layer in block.layers]
+
+
+def regions_of(blocks: nn.ModuleList) -> list[Region]:
+    """Where tokens may be divided: the layers of each of a model's `flow_blocks`, text and chain as one."""
+    found = []
+    for index, block in enumerate(_typed(blocks)):
+        layers = tuple(f"flow_blocks.{index}.layers.{k}" for k in range(block.shape.layers))
+        length = block.shape.prefix_tokens + block.shape.chain
+        found.append(
+            Region(
+                blocks=layers,
+                after=(),
+                ends=layers[-1:],
+                vectors=(),
+                parts=(length,),
+                causal=True,
+            )
+        )
+    return found
 
 
 def transform(blocks: nn.ModuleList, tokens: Tensor, condition: Tensor | None) -> FlowOutput:

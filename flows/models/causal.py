@@ -5,7 +5,7 @@ causal kernel, so no mask exists. Sampling passes a `KeyValue` per layer, whose 
 for the longest sequence: new tokens are written behind the old ones, and nothing is concatenated.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.models.attention import Kernel, QueryKeyValue, see_before
-from flows.models.feedforward import RATIO
+from flows.models.division import Division, Linear
+from flows.models.feedforward import RATIO, feedforward_division
 from flows.models.norms import DynamicTanh, RMSNorm
 from flows.models.rotary import rotate
 
@@ -138,6 +139,20 @@ class CausalAttention(nn.Module):
             mixed = self._attend(query, key, value, cache)
         return project(self.out, mixed.transpose(1, 2).flatten(2))
 
+    def division(self) -> Division:
+        width, (heads, kv_heads, _) = self.out.out_features, self.sizes
+        key_width = kv_heads * self.head_width
+        return Division(
+            layers={
+                "qkv": Linear("column", (width, key_width, key_width)),
+                "out": Linear("row", (width,)),
+            },
+            enters=("",),
+            attributes=("sizes",),
+            shared=("query_norm", "key_norm"),
+            divisible={"heads": heads, "heads of keys and values": kv_heads},
+        )
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValue) -> Tensor:
         """The new tokens see all that the cache holds and each other, causally."""
         new, before = query.shape[2], cache.length
@@ -169,6 +184,9 @@ class Plain(nn.Module):
         """(batch, tokens, width) -> (batch, tokens, width)."""
         return project(self.down, F.gelu(project(self.up, x)))
 
+    def division(self) -> Division:
+        return feedforward_division(self.down.in_features, up=1)
+
 
 class Gated(nn.Module):
     """down(gelu(gate x) * up x) with the tanh-approximated GELU (Shazeer 2020, "GEGLU")."""
@@ -183,6 +201,11 @@ class Gated(nn.Module):
         """(batch, tokens, width) -> (batch, tokens, width)."""
         gate = F.gelu(project(self.gate, x), approximate="tanh")
         return project(self.down, gate * project(self.up, x))
+
+    def division(self) -> Division:
+        hidden = self.down.in_features
+        plain = feedforward_division(hidden, up=1)
+        return replace(plain, layers={**plain.layers, "gate": Linear("column", (hidden,))})
 
 
 class SubLayer(nn.Module):
@@ -231,7 +254,8 @@ class CausalLayer(nn.Module):
 
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
     """`linear(x)`, (..., inputs) -> (..., outputs); while sampling, in whatever form is fastest."""
-    if not torch.is_inference_mode_enabled():
+    # A layer of which there is more to know than its weights is called.
+    if not torch.is_inference_mode_enabled() or type(linear) not in (nn.Linear, QueryKeyValue):
         result: Tensor = linear(x)
         return result
     rows, bias = x.shape[:-1], cast(Tensor | None, linear.bias)

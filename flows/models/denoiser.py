@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.initialise import Rule
+from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.jet import Network, init_rule, network_products
 
@@ -77,6 +78,10 @@ class Denoiser(nn.Module):
         """(batch, channels, image_size, image_size), and the same again."""
         patch = self.config.patch
         return unpatchify(self.network(patchify(x, patch)), patch, self.config.image_size)
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided."""
+        return [self.network.region().within("network")]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

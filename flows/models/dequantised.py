@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.initialise import Initialisable, Rule
+from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.family import Architecture
 from flows.models.flow import FlowOutput
-from flows.models.jet import Network, couple, init_rule, network_products
+from flows.models.jet import Network, couple, init_rule, network_products, network_regions
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ class Dequantised(nn.Module):
         output = self.flow(x + self.dequantiser.config.levels.width * u, **condition)
         return FlowOutput(output.z, output.logdet - log_q, output.power)
 
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: in the flow, and in the networks of the noise."""
+        flow = [region.within("flow") for region in cast(FlowModel, self.flow).regions()]
+        noise = network_regions(self.dequantiser.blocks)
+        return flow + [region.within("dequantiser") for region in noise]
+
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         rules = cast(FlowModel, self.flow).init_rules()
@@ -159,6 +166,8 @@ class FlowModel(Initialisable, Protocol):
 
     @property
     def blocks(self) -> Iterable[nn.Module]: ...
+
+    def regions(self) -> list[Region]: ...
 
 
 def forward_flops(config: DequantiserConfig) -> int:

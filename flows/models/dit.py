@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
+from flows.models.division import Region
 from flows.models.embeddings import (
     TimeEmbedding,
     mean_of_rows,
@@ -316,12 +317,29 @@ class DiT(nn.Module):
             total = total + self.text(mean_of_rows(text).to(self.text.weight.dtype))
         return F.silu(total)
 
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: blocks, last layer and projector."""
+        after = ("final",) if self.projector is None else ("final", "projector")
+        return [block_region(self.config.depth, after, self.config.tokens)]
+
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         return {
             name: adaln_zero(name, weight.shape, embeddings=("time.", "label."))
             for name, weight in self.named_parameters()
         }
+
+
+def block_region(depth: int, after: tuple[str, ...], tokens: int) -> Region:
+    """The region of `depth` blocks and of what is called on tokens after them, `final` among it."""
+    blocks = tuple(f"blocks.{index}" for index in range(depth))
+    return Region(
+        blocks=blocks,
+        after=after,
+        ends=after,
+        vectors=tuple(f"{name}.modulation" for name in (*blocks, "final")),
+        parts=(tokens,),
+    )
 
 
 def told_time(t: Tensor, kind: TimeKind) -> Tensor:

@@ -5,6 +5,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flows.models.division import Division, Linear
+
 RATIO = 4
 
 FeedForwardKind = Literal["gelu", "swiglu"]
@@ -24,6 +26,9 @@ class FeedForward(nn.Module):
         result: Tensor = self.down(hidden)
         return result
 
+    def division(self) -> Division:
+        return feedforward_division(self.down.in_features, up=1)
+
 
 class GatedFeedForward(nn.Module):
     """down(SiLU(gate) * value) with (gate, value) the halves of up(x): SwiGLU (Shazeer 2020).
@@ -42,6 +47,18 @@ class GatedFeedForward(nn.Module):
         gate, value = self.up(x).chunk(2, dim=-1)
         result: Tensor = self.down(F.silu(gate) * value)
         return result
+
+    def division(self) -> Division:
+        return feedforward_division(self.down.in_features, up=2)
+
+
+def feedforward_division(hidden: int, *, up: int) -> Division:
+    """Of layers `up`, to so many runs of `hidden` features, and `down`."""
+    return Division(
+        layers={"up": Linear("column", (hidden,) * up), "down": Linear("row", (hidden,))},
+        enters=("",),
+        divisible={"hidden features": hidden},
+    )
 
 
 def gated_hidden(width: int) -> int:

@@ -16,7 +16,7 @@ A fresh Jet is the identity, because the last layer of each network starts at ze
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
+from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.feedforward import RATIO, FeedForward
 from flows.models.flow import FlowOutput
@@ -185,6 +186,17 @@ class Network(nn.Module):
         parameters: Tensor = self.out(self.norm(x))
         return parameters
 
+    def region(self) -> Region:
+        """Where tokens may be divided: layers and what follows them."""
+        layers = tuple(f"layers.{index}" for index in range(len(self.layers)))
+        return Region(
+            blocks=layers,
+            after=("norm", "out"),
+            ends=("out",),
+            vectors=(),
+            parts=(self.position.shape[0],),
+        )
+
 
 class Coupled(NamedTuple):
     """second: (batch, tokens, features / 2) the half as it became; logdet: (batch,)"""
@@ -295,9 +307,19 @@ class Jet(nn.Module):
         embedded: Tensor = self.label(label)
         return embedded
 
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: in the network of each coupling."""
+        return network_regions(self.blocks)
+
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         return {name: init_rule(name, weight.shape) for name, weight in self.named_parameters()}
+
+
+def network_regions(networks: nn.ModuleList) -> list[Region]:
+    """The regions of a model's `blocks`, each a `Network`."""
+    named = enumerate(cast(list[Network], list(networks)))
+    return [network.region().within(f"blocks.{index}") for index, network in named]
 
 
 def initial_order(config: JetConfig, index: int) -> Tensor:

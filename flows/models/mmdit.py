@@ -32,6 +32,7 @@ from flows.models.attention import (
     split_heads,
 )
 from flows.models.dit import Final, adaln_zero, told_time
+from flows.models.division import Division, Linear, Region
 from flows.models.embeddings import (
     TimeEmbedding,
     VectorEmbedding,
@@ -177,6 +178,18 @@ class Stream(nn.Module):
         x = gated_residual(x, gate_1, self.out(mixed))
         return gated_residual(x, gate_2, self.feedforward(modulated_norm(x, shift_2, scale_2)))
 
+    def division(self) -> Division:
+        width = self.qkv.in_features
+        layers = {"qkv": Linear("column", (width,) * 3)}
+        if self.out is not None:
+            layers["out"] = Linear("row", (width,))
+        return Division(
+            layers=layers,
+            enters=("qkv",),
+            shared=("query_norm", "key_norm"),
+            divisible={"heads": width // self.head_width},
+        )
+
 
 class Double(nn.Module):
     """Two streams with their own weights and one attention over the tokens of both."""
@@ -210,7 +223,8 @@ class Double(nn.Module):
             for stream, x, (shift, scale, *_) in zip(streams, parts, vectors, strict=True)
         ]
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(*heads, strict=True))
-        mixed = attend(self.kernel, query, key, value, turn, mask).split(sizes, dim=1)
+        together = attend(self.kernel, query, key, value, turn, mask)
+        mixed = together.split([own[0].shape[2] for own in heads], dim=1)
         return torch.cat(
             [
                 stream.update(x, joined, own[2:])
@@ -254,6 +268,19 @@ class Single(nn.Module):
         mixed = attend(self.kernel, query, key, value, turn, mask)
         update = self.down(torch.cat((mixed, F.gelu(hidden, approximate="tanh")), dim=-1))
         return gated_residual(tokens, gate, update)
+
+    def division(self) -> Division:
+        width = self.width
+        return Division(
+            layers={
+                "up": Linear("column", (width, width, width, RATIO * width)),
+                "down": Linear("row", (width, RATIO * width)),
+            },
+            enters=("up",),
+            attributes=("width",),
+            shared=("query_norm", "key_norm"),
+            divisible={"heads": width // self.head_width},
+        )
 
 
 def _vectors(modulation: nn.Module, condition: Tensor) -> tuple[Tensor, ...]:
@@ -390,6 +417,28 @@ class MMDiT(nn.Module):
             # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
             total = total + self.label(none if label is None else label).to(total.dtype)
         return F.silu(total)
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: all blocks, words and patches each by themselves."""
+        config = self.config
+        doubles = [f"blocks.{index}" for index in range(config.double_depth)]
+        depth = config.double_depth + config.single_depth
+        singles = [f"blocks.{index}" for index in range(config.double_depth, depth)]
+        streams = {
+            f"{name}.{own}": i for name in doubles for i, own in enumerate(("text", "image"))
+        }
+        blocks = (*doubles, *singles)
+        return [
+            Region(
+                blocks=blocks,
+                after=(),
+                ends=blocks[-1:],
+                vectors=tuple(f"{name}.modulation" for name in (*streams, *singles)),
+                parts=(config.text_tokens, config.tokens),
+                part_of=streams,
+                lengths={f"{name}.text_tokens": 0 for name in doubles},
+            )
+        ]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

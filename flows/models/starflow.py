@@ -23,9 +23,11 @@ from flows.models.autoregressive import (
     Scale,
     block_rules,
     layers_of,
+    regions_of,
     transform,
 )
 from flows.models.causal import LayerShape, NormKind, Placement
+from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.flow import FlowOutput
 from flows.models.tarflow import check_patches
@@ -220,6 +222,10 @@ class STARFlow(nn.Module):
     def image(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         return unpatchify(tokens, self.config.patch, self.config.image_size)
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided."""
+        return regions_of(self.flow_blocks)
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

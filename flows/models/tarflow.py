@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.initialise import Rule
-from flows.models.autoregressive import BlockShape, FlowBlock, block_rules, layers_of, transform
+from flows.models.autoregressive import (
+    BlockShape,
+    FlowBlock,
+    block_rules,
+    layers_of,
+    regions_of,
+    transform,
+)
 from flows.models.causal import LayerShape, NormKind, Placement
+from flows.models.division import Region
 from flows.models.flow import FlowOutput
 
 
@@ -141,6 +149,10 @@ class TarFlow(nn.Module):
         side = self.config.image_size // self.config.patch
         grid = tokens.transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(grid, self.config.patch)
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided."""
+        return regions_of(self.flow_blocks)
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.initialise import Rule
-from flows.models.dit import Block, DiTConfig, Final, adaln_zero
+from flows.models.dit import Block, DiTConfig, Final, adaln_zero, block_region
+from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, sincos_positions
 from flows.models.feedforward import feedforward_products
 from flows.models.norms import LayerNorm
@@ -103,6 +104,10 @@ class TokenDiT(nn.Module):
             tokens = block(tokens, condition)
         logits: Tensor = self.final(tokens, condition)
         return logits
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: blocks and last layer."""
+        return [block_region(self.config.depth, ("final",), self.config.tokens)]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
