@@ -6,13 +6,12 @@ everything is computed alike on all ranks of the group. What is right backwards 
 gradients:
 
 context parallelism     gradients of all parameters are averaged over the group afterwards (as over data
-                        ranks), so each rank is to end up with the gradient of its own tokens times the
-                        size of the group: enter by `Deal.share` (backwards: zeros for the others' tokens),
-                        leave by `gather(..., scale=deal.count)` (backwards: own tokens, scaled). No
-                        communication backwards.
+                        ranks), so they need to be right on average alone: enter by `Deal.share`
+                        (backwards: zeros for the others' tokens), leave by `gather_summed` (backwards:
+                        everybody's gradients of the own tokens are summed).
 sequence parallelism    nothing is averaged over the group, and what is computed alike outside must have
-                        equal, whole gradients: enter by `split` (backwards: gathers), leave by
-                        `gather(..., scale=1)`. Gradients of parameters used inside are partial, and
+                        equal, whole gradients: enter by `split` (backwards: gathers), leave by `gather`
+                        (backwards: own tokens). Gradients of parameters used inside are partial, and
                         vectors for a whole sample go through `copied`.
 
 Within sequence parallelism, a pair of divided matrix products is entered by `gather_summed` and left by
@@ -105,9 +104,9 @@ def split(x: Tensor, deal: Deal) -> Tensor:
     return result
 
 
-def gather(x: Tensor, deal: Deal, *, scale: int) -> Tensor:
-    """All tokens from everybody's (batch, local tokens, ...); backwards, own gradients times `scale`."""
-    result: Tensor = _Gather.apply(x, deal, scale)
+def gather(x: Tensor, deal: Deal) -> Tensor:
+    """All tokens from everybody's (batch, local tokens, ...); backwards, this rank's gradients."""
+    result: Tensor = _Gather.apply(x, deal)
     return result
 
 
@@ -148,14 +147,13 @@ class _Split(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, deal: Deal, scale: int) -> Tensor:
-        ctx.deal, ctx.scale = deal, scale
+    def forward(ctx: Any, x: Tensor, deal: Deal) -> Tensor:
+        ctx.deal = deal
         return all_gather(x, deal)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        own = ctx.deal.share(gradient)
-        return own if ctx.scale == 1 else own * ctx.scale, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.deal.share(gradient), None
 
 
 class _GatherSummed(torch.autograd.Function):

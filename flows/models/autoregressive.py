@@ -296,7 +296,8 @@ def regions_of(blocks: nn.ModuleList) -> list[Region]:
                 after=(),
                 ends=layers[-1:],
                 vectors=(),
-                parts=(length,),
+                parts={"tokens": length},
+                heads={"model.kv_heads": block.shape.layer.kv_heads},
                 causal=True,
             )
         )

@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided."""
-        return [self.network.region().within("network")]
+        return [self.network.region("model").within("network")]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

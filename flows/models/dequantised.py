@@ -147,7 +147,7 @@ class Dequantised(nn.Module):
     def regions(self) -> list[Region]:
         """Where tokens may be divided: in the flow, and in the networks of the noise."""
         flow = [region.within("flow") for region in cast(FlowModel, self.flow).regions()]
-        noise = network_regions(self.dequantiser.blocks)
+        noise = network_regions(self.dequantiser.blocks, "objective.dequantiser")
         return flow + [region.within("dequantiser") for region in noise]
 
     def init_rules(self) -> dict[str, Rule]:

@@ -10,6 +10,7 @@ network of REPA (Yu et al. 2024: a projector of hidden states beside the predict
 It is cut by data: `blocks` is its repeated part, called as `block(x, condition, turn)`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -320,7 +321,9 @@ class DiT(nn.Module):
     def regions(self) -> list[Region]:
         """Where tokens may be divided: blocks, last layer and projector."""
         after = ("final",) if self.projector is None else ("final", "projector")
-        return [block_region(self.config.depth, after, self.config.tokens)]
+        config = self.config
+        parts = {"(data.image_size / model.patch)^2": config.tokens}
+        return [block_region(config.depth, after, parts, config.heads)]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
@@ -330,7 +333,9 @@ class DiT(nn.Module):
         }
 
 
-def block_region(depth: int, after: tuple[str, ...], tokens: int) -> Region:
+def block_region(
+    depth: int, after: tuple[str, ...], parts: Mapping[str, int], heads: int
+) -> Region:
     """The region of `depth` blocks and of what is called on tokens after them, `final` among it."""
     blocks = tuple(f"blocks.{index}" for index in range(depth))
     return Region(
@@ -338,7 +343,8 @@ def block_region(depth: int, after: tuple[str, ...], tokens: int) -> Region:
         after=after,
         ends=after,
         vectors=tuple(f"{name}.modulation" for name in (*blocks, "final")),
-        parts=(tokens,),
+        parts=parts,
+        heads={"model.heads": heads},
     )
 
 

@@ -56,7 +56,9 @@ class Region:
     after: modules called on the tokens later, which still treat each by itself
     ends: modules whose results have all tokens again
     vectors: modules within, which make a vector for a sample that its tokens share: modulations
-    parts: tokens of one sample by kind, in their order: each kind is divided by itself
+    parts: tokens of one sample by what says how many there are (keys of a recipe, for people), in their
+        order; each part is divided by itself
+    heads: of keys and values, by what says how many there are
     part_of: module within a block -> the only part that it sees
     lengths: `module.attribute` that counts the tokens of a part -> which
     causal: a token sees those before it alone, so that there may be padding behind the last
@@ -66,10 +68,16 @@ class Region:
     after: tuple[str, ...]
     ends: tuple[str, ...]
     vectors: tuple[str, ...]
-    parts: tuple[int, ...]
+    parts: Mapping[str, int]
+    heads: Mapping[str, int]
     part_of: Mapping[str, int] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
     causal: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each part."""
+        return tuple(self.parts.values())
 
     def within(self, prefix: str) -> "Region":
         """The same region of a model that has this one under the name `prefix`."""

@@ -164,6 +164,7 @@ class Network(nn.Module):
     ) -> None:
         """inputs, outputs: numbers of each token"""
         super().__init__()
+        self.heads = heads
         self.up = nn.Linear(inputs, width)
         self.position = nn.Parameter(torch.empty(tokens, width))
         self.condition = nn.Linear(width, width) if conditional else None
@@ -186,15 +187,19 @@ class Network(nn.Module):
         parameters: Tensor = self.out(self.norm(x))
         return parameters
 
-    def region(self) -> Region:
-        """Where tokens may be divided: layers and what follows them."""
+    def region(self, section: str) -> Region:
+        """Where tokens may be divided: layers and what follows them.
+
+        section: of a recipe, that has the keys of this network
+        """
         layers = tuple(f"layers.{index}" for index in range(len(self.layers)))
         return Region(
             blocks=layers,
             after=("norm", "out"),
             ends=("out",),
             vectors=(),
-            parts=(self.position.shape[0],),
+            parts={f"(data.image_size / {section}.patch)^2": len(self.position)},
+            heads={f"{section}.heads": self.heads},
         )
 
 
@@ -309,17 +314,17 @@ class Jet(nn.Module):
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided: in the network of each coupling."""
-        return network_regions(self.blocks)
+        return network_regions(self.blocks, "model")
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         return {name: init_rule(name, weight.shape) for name, weight in self.named_parameters()}
 
 
-def network_regions(networks: nn.ModuleList) -> list[Region]:
+def network_regions(networks: nn.ModuleList, section: str) -> list[Region]:
     """The regions of a model's `blocks`, each a `Network`."""
     named = enumerate(cast(list[Network], list(networks)))
-    return [network.region().within(f"blocks.{index}") for index, network in named]
+    return [network.region(section).within(f"blocks.{index}") for index, network in named]
 
 
 def initial_order(config: JetConfig, index: int) -> Tensor:

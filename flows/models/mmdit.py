@@ -434,7 +434,11 @@ class MMDiT(nn.Module):
                 after=(),
                 ends=blocks[-1:],
                 vectors=tuple(f"{name}.modulation" for name in (*streams, *singles)),
-                parts=(config.text_tokens, config.tokens),
+                parts={
+                    "data.text.tokens": config.text_tokens,
+                    "(data.image_size / model.patch)^2": config.tokens,
+                },
+                heads={"model.heads": config.heads},
                 part_of=streams,
                 lengths={f"{name}.text_tokens": 0 for name in doubles},
             )

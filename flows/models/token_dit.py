@@ -107,7 +107,9 @@ class TokenDiT(nn.Module):
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided: blocks and last layer."""
-        return [block_region(self.config.depth, ("final",), self.config.tokens)]
+        config = self.config
+        parts = {"data.image_size^2 * data.channels": config.tokens}
+        return [block_region(config.depth, ("final",), parts, config.heads)]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
