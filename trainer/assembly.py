@@ -14,6 +14,7 @@ from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.mixture import MixturePath
 from flows.models.dequantised import DequantiserConfig, dequantised
+from flows.models.dit_moe import DiTMoEConfig
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
 from flows.objectives.boundary import Boundary
@@ -21,6 +22,7 @@ from flows.objectives.discrete import DiscreteFlowMatching
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.likelihood import Likelihood
 from flows.objectives.objective import Objective
+from flows.objectives.output_mask import OutputMask
 from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
@@ -193,6 +195,7 @@ def build_flow_matching(recipe: Recipe) -> FlowMatching:
         base=_base(section.base, recipe.data.image_size),
         boundary=_boundary(section.boundary, recipe.data.channels),
         alignment=section.alignment,
+        output_mask=_output_mask(recipe),
     )
 
 
@@ -208,6 +211,13 @@ def _coupling(section: ObjectiveSection) -> Coupling | None:
         return None
     epsilon = coupling.epsilon or 2 * section.bridge**2
     return Coupling(coupling.kind, epsilon, coupling.group)
+
+
+def _output_mask(recipe: Recipe) -> OutputMask | None:
+    config = model_architecture(recipe).config
+    if not isinstance(config, DiTMoEConfig) or not config.mask_outputs:
+        return None
+    return OutputMask(config.mask_outputs, (config.depth, config.tokens, config.slots))
 
 
 def _base(section: BaseSection, image_size: int) -> Base | None:

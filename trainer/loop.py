@@ -23,6 +23,7 @@ from trainer.coupling import coupled
 from trainer.ema import Ema
 from trainer.recipe import Recipe
 from trainer.reporting import Quiet
+from trainer.routing import rebalance_routers, sum_routing
 from trainer.run_folder import RunFolder, science
 from trainer.sampling import sample_over_ranks
 from trainer.schedules import learning_rate
@@ -83,6 +84,9 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
     skip = 1.0 - torch.isfinite(norm).float()
     rate = rate_at(recipe, step)
     engine.step(rate, skip)
+    routing = sum_routing(result, engine.sum_over_data)
+    if routing is not None:
+        rebalance_routers(engine, routing, skip)
     with clock.phase("average"):
         parts.ema.update(engine.parameters(), skip, step)
     parts.telemetry.push(
@@ -102,6 +106,7 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
         },
         sum_over_data=engine.sum_over_data,
         sum_over_peers=engine.sum_over_peers,
+        routing=routing,
     )
     for line in parts.telemetry.lines():
         parts.report.step(line)
@@ -138,6 +143,8 @@ def checkpoint(parts: Parts, done: int) -> None:
             keep=parts.recipe.checkpoint.keep,
         )
     parts.report.checkpoint(done)
+    if parts.telemetry.experts.table is not None:
+        parts.report.experts(parts.telemetry.experts.table)
     parts.telemetry.restart_clock()
 
 

@@ -17,6 +17,8 @@ BLUE, AMBER, RED = "#2f6f9f", "#b7791f", "#c0392b"
 GAP = 2
 MARGIN = 10
 SMALLEST_TILE = 56
+MAPS = 12  # layers in a picture of experts
+PREFERRED = 3.0  # times an equal share: the end of its colours
 
 _STYLE = {
     "font.size": 10,
@@ -65,6 +67,46 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         state = f"smoothed loss {last:.4f} at step {int(steps[-1]):,}"
         top.set_title(f"{title}    {state}", loc="left")
         top.legend(loc="upper right", edgecolor="none", framealpha=0.85)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+
+
+def expert_map(load: NDArray[np.float64], path: Path, title: str) -> None:
+    """One panel a layer: which share of the work each expert has, at each noise level.
+
+    load: (layers, intervals of time, experts); at most MAPS layers are drawn, evenly spread
+    White is an equal share; blue is more, amber less, down to nothing and up to PREFERRED times as much.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    total = load.sum(-1, keepdims=True)
+    share = np.where(total > 0, load / np.maximum(total, 1e-12), np.nan) * load.shape[-1]
+    layers = np.unique(np.linspace(0, len(load) - 1, min(len(load), MAPS)).round().astype(int))
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    colors = LinearSegmentedColormap.from_list("use", [AMBER, PAPER, BLUE])
+    norm = TwoSlopeNorm(1.0, 0.0, PREFERRED)
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+        size = (2.6 * columns + 1.2, 2.4 * rows + 0.5)
+        figure = Figure(figsize=size, dpi=130, facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(layers) :]:
+            axes.set_visible(False)
+        for axes, layer in zip(grid.flat, layers, strict=False):
+            extent = (0.0, 1.0, load.shape[-1] - 0.5, -0.5)
+            drawn = axes.imshow(share[layer].T, colors, norm, aspect="auto", extent=extent)
+            axes.set_title(f"layer {layer + 1}", loc="left", fontsize=10)
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        for axes in grid[-1]:
+            axes.set_xlabel("noise    time    data")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("expert")
+        figure.colorbar(drawn, ax=grid, label="load over an equal share", ticks=[0, 0.5, 1, 2, 3])
+        figure.suptitle(f"{title}    experts by noise level", x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
 

@@ -42,6 +42,8 @@ class Quiet:
 
     def checkpoint(self, step: int) -> None: ...
 
+    def experts(self, load: Tensor) -> None: ...
+
     def end(self, step: int, steps: int) -> None: ...
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None: ...
@@ -120,6 +122,12 @@ class Report(Quiet):
             pictures.loss_curve(self._curve.lines, self._run.loss_curve, self._recipe.name)
         self._tracker.artifact(self._run.loss_curve)
         self.note(f"checkpoint at step {step}")
+
+    def experts(self, load: Tensor) -> None:
+        """How much each expert had to do of late, (layers, intervals of time, experts): a picture."""
+        with _room(self._run):
+            pictures.expert_map(load.numpy(), self._run.experts, self._recipe.name)
+        self._tracker.artifact(self._run.experts)
 
     def end(self, step: int, steps: int) -> None:
         """The loop returned after `step` of `steps`; fewer where it was asked to stop."""

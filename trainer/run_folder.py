@@ -64,6 +64,11 @@ class RunFolder:
         return self.root / "loss.png"
 
     @property
+    def experts(self) -> Path:
+        """The picture of experts by noise level, of networks that have experts."""
+        return self.root / "experts.png"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 

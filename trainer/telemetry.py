@@ -16,8 +16,7 @@ from data_pipeline.faults import Budget
 from flows.errors import UserError
 from parallel.engines.engine import StepResult
 from trainer.meters import Reading, Readout, mfu, peak_bf16_flops
-
-BUCKETS = 10  # equal intervals of flow time in [0, 1]
+from trainer.routing import BUCKETS, ExpertUse, RoutingSums, described, read_rows, rows_of
 
 
 class Telemetry:
@@ -25,6 +24,7 @@ class Telemetry:
 
     stop_agreed: some rank was asked to stop, and every rank has read so at this same step
     skipped: steps left out since the run began, because their gradient was not finite
+    experts: how the experts were used of late
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Telemetry:
         self.skipped = 0
         self._in_a_row, self._max_skipped = 0, max_skipped
         self.budget = budget
+        self.experts = ExpertUse()
         self._batch, self._flops, self._world_size = batch, flops, world_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._peak = peak_bf16_flops(name)
@@ -66,10 +67,12 @@ class Telemetry:
         host: dict[str, Any],
         sum_over_data: Callable[[Tensor], Tensor],
         sum_over_peers: Callable[[Tensor], Tensor],
+        routing: RoutingSums | None = None,
     ) -> None:
         """Send the numbers of step `step` (from 0) on their way; `host` are those that are here already.
 
         bad: samples of this rank's share that were replaced
+        routing: of all ranks, where the network has experts
         """
         loss = result.loss
         # Those who share samples say the same of them, but one alone may be asked to stop.
@@ -77,7 +80,8 @@ class Telemetry:
         samples, bad_ones = (loss.new_full((), float(n)) for n in (len(loss), bad))
         flags = torch.stack([loss.sum(), samples, stopping, bad_ones])
         sums = sum_over_data(torch.cat([flags, *_by_time(result)]))
-        ready = self._readout.put(step, {"sums": sums, "grad_norm": norm, "skip": skip})
+        rows = {"sums": sums} | (rows_of(routing) if routing is not None else {})
+        ready = self._readout.put(step, {**rows, "grad_norm": norm, "skip": skip})
         if ready is not None:
             self._read.append(ready)
         now = time.perf_counter()
@@ -99,11 +103,16 @@ class Telemetry:
         self._last = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "bad_samples": self.budget.state_dict()}
+        return {
+            "skipped": self.skipped,
+            "bad_samples": self.budget.state_dict(),
+            "experts": self.experts.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = int(state["skipped"])
         self.budget.load_state_dict(state["bad_samples"])
+        self.experts.load_state_dict(state.get("experts"))
 
     def _line(self, reading: Reading) -> dict[str, Any]:
         loss, samples, stop, bad, *by_time = reading.rows["sums"]
@@ -113,7 +122,7 @@ class Telemetry:
         host = self._host.pop(reading.step)
         rate = self._batch / host["step_seconds"]
         sums, counts = by_time[:BUCKETS], by_time[BUCKETS:]
-        return {
+        line = {
             "step": reading.step + 1,
             "loss": loss / samples,
             "grad_norm": reading.scalars["grad_norm"],
@@ -124,6 +133,10 @@ class Telemetry:
             "bad_samples": self.budget.total,
             "loss_by_time": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
         }
+        if (routing := read_rows(reading.rows)) is None:
+            return line
+        self.experts.add(routing.load)
+        return line | {"experts": described(routing, samples)}
 
     def _count_skips(self, step: int, skipped: bool) -> None:
         self.skipped += skipped

@@ -93,6 +93,9 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What is part of a model's state and not learned, such as the orders that a Jet splits by."""
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    """What is part of a model's state and not learned, such as the orders that a Jet splits by.
+
+    By the names of the state, which wrappers of blocks do not change. The buffers themselves, not copies.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {name: held for name, held in state.items() if not isinstance(held, nn.Parameter)}

@@ -3,10 +3,29 @@
 import difflib
 
 from flows.errors import UserError
-from flows.models import dit, dit_sizes, jet, mmdit, mmdit_sizes, starflow, tarflow, token_dit
+from flows.models import (
+    dit,
+    dit_moe,
+    dit_moe_sizes,
+    dit_sizes,
+    jet,
+    mmdit,
+    mmdit_sizes,
+    starflow,
+    tarflow,
+    token_dit,
+)
 from flows.models.family import Family
 
 DIT = Family("dit", "velocity", dit.DiTConfig, dit.DiT, dit.forward_flops, dit_sizes.PUBLISHED)
+DIT_MOE = Family(
+    "dit_moe",
+    "velocity",
+    dit_moe.DiTMoEConfig,
+    dit_moe.DiTMoE,
+    dit_moe.forward_flops,
+    dit_moe_sizes.PUBLISHED,
+)
 MMDIT = Family(
     "mmdit",
     "velocity",
@@ -37,7 +56,9 @@ TOKEN_DIT = Family(
     "token_dit", "tokens", token_dit.TokenDiTConfig, token_dit.TokenDiT, token_dit.forward_flops, {}
 )
 
-FAMILIES = {family.name: family for family in (DIT, MMDIT, TARFLOW, STARFLOW, JET, TOKEN_DIT)}
+FAMILIES = {
+    family.name: family for family in (DIT, DIT_MOE, MMDIT, TARFLOW, STARFLOW, JET, TOKEN_DIT)
+}
 
 
 def names() -> dict[str, Family]:

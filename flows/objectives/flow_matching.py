@@ -23,8 +23,10 @@ from flows.objectives.boundary import Boundary
 from flows.objectives.conditions import hidden, kept_conditions
 from flows.objectives.losses import LossShape, compare, misalignment
 from flows.objectives.objective import Couple, Prepared
+from flows.objectives.output_mask import OutputMask
 from flows.paths import Interpolation, Path, Prediction, TimeSupport, brownian_bridge
 from flows.randomness import Draw
+from flows.routed import Mixed
 from flows.times import TimeDistribution
 
 Weighting = Literal["none", "velocity", "likelihood"]
@@ -32,8 +34,9 @@ Weighting = Literal["none", "velocity", "likelihood"]
 # Where a bridge's velocity or a likelihood's weight is infinite at the ends.
 INSIDE = TimeSupport(1e-3, 1.0 - 1e-3)
 
-# What a network returns: its prediction, or that and its tokens projected to an encoder's features.
-Outputs = Tensor | tuple[Tensor, Tensor]
+# What a network returns: its prediction, or that and its tokens projected to an encoder's features, or
+# that and what its routers of experts cost.
+Outputs = Tensor | tuple[Tensor, Tensor] | Mixed
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class FlowMatching:
     boundary: what makes the velocity exact at the ends
     alignment: weight of the misalignment with `features` (batch, tokens, width) of the batch's extras,
         for networks that also return their projected tokens (REPA; 0.5 as published)
+    output_mask: which outputs of experts are left out, for networks of experts
     """
 
     path: Path
@@ -68,6 +72,7 @@ class FlowMatching:
     base: Base | None = None
     boundary: Boundary | None = None
     alignment: float = 0.0
+    output_mask: OutputMask | None = None
 
     def __post_init__(self) -> None:
         straight = self.path.name == "linear" and self.prediction == "velocity"
@@ -122,10 +127,14 @@ class FlowMatching:
         if self.alignment:
             targets["features"] = _features(batch)
         told = kept_conditions(batch, draw, drop=self.label_drop, null_label=self.null_label)
+        if self.output_mask:
+            told["mask"] = self.output_mask(draw)
         return Prepared(inputs={"x": point.x, "t": t} | told, targets=targets, time=t)
 
     def loss(self, outputs: Outputs, targets: dict[str, Tensor]) -> Tensor:
-        """(batch,) weighted loss of each sample, in float32."""
+        """(batch,) weighted loss of each sample, in float32; with what its routing costs."""
+        if isinstance(outputs, Mixed):
+            return self.loss(outputs.prediction, targets) + outputs.penalty
         output, projection = outputs if isinstance(outputs, tuple) else (outputs, None)
         prediction = output.to(torch.float32)
         if self.prediction == "score":

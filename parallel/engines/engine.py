@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flows.batch import Batch
 from flows.objectives.objective import Objective
 from flows.randomness import Draw
+from flows.routed import Mixed, Routed, joined
 from parallel.clock import Clock
 from parallel.pieces import Held
 
@@ -24,10 +25,12 @@ class StepResult:
 
     loss: (local batch,) loss of each sample, detached
     time: (local batch,) flow time of each sample, or None
+    routed: of the networks that have experts, what their routers did with each sample
     """
 
     loss: Tensor
     time: Tensor | None
+    routed: Routed | None = None
 
 
 class Engine(Protocol):
@@ -113,7 +116,7 @@ def over_microbatches(
     forward: the network
     backward: is given the () sum of the losses of a microbatch's samples
     """
-    losses, times = [], []
+    losses, times, routed = [], [], []
     for index, batch in enumerate(microbatches):
         with around(index == len(microbatches) - 1):
             with clock.phase("forward"):
@@ -123,9 +126,12 @@ def over_microbatches(
             with clock.phase("backward"):
                 backward(loss.sum())
         losses.append(loss.detach())
+        if isinstance(outputs, Mixed):
+            routed.append(outputs.routed)
         if prepared.time is not None:
             times.append(prepared.time)
-    return StepResult(torch.cat(losses), torch.cat(times) if times else None)
+    time = torch.cat(times) if times else None
+    return StepResult(torch.cat(losses), time, joined(routed) if routed else None)
 
 
 def require_fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -15,6 +15,13 @@ TINY: dict[str, dict[str, Any]] = {
             "rope": True, "feedforward": "swiglu", "wo_shift": True,
         },
     },
+    "dit_moe": {
+        "model": {
+            "family": "dit_moe", "patch": 4, "width": 32, "depth": 2, "heads": 2, "experts": 5,
+            "expert_hidden": 32, "capacity": 1.0, "bias_rate": 0.001, "z_weight": 0.001, "recurrent": 8,
+            "mask_outputs": 0.2,
+        },
+    },
     "tarflow": {
         "model": {
             "family": "tarflow", "patch": 4, "width": 32, "flow_blocks": 2, "layers": 1, "head_width": 16,

@@ -49,8 +49,16 @@ def test_shards_train_what_one_rank_trains(trained, name, ranks):
         # Likelihoods pass through zero, where nothing is relative to them.
         errors[key] = float((ours - theirs).abs().max() / theirs.abs().mean())
     ours, theirs = runs.tensors(folder), runs.tensors(one)
-    errors |= {part: runs.distance(ours, theirs, part) for part in ("model.", "ema.", "optimizer.")}
+    parts = ["model.", "ema.", "optimizer."]
+    if name == "dit_moe":
+        assert expert_loads(folder) == expert_loads(one)
+        parts.append("buffer.")
+    errors |= {part: runs.distance(ours, theirs, part) for part in parts}
     assert max(errors.values()) <= EXACT, errors
+
+
+def expert_loads(folder: Path) -> list[dict[str, list[float]]]:
+    return [line["experts"]["load_by_time"] for line in runs.lines(folder)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -13,6 +13,7 @@ from trainer.pictures import (
     MARGIN,
     SMALLEST_TILE,
     class_grid,
+    expert_map,
     loss_curve,
     to_pixels,
     training_grids,
@@ -101,3 +102,20 @@ def test_the_curve_falls_where_the_loss_falls_and_marks_resumes(tmp_path: Path) 
 def test_an_empty_log_has_no_curve(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no step"):
         loss_curve([], tmp_path / "none.png", "law")
+
+
+def test_experts_by_noise_are_white_where_equal_and_coloured_where_not(tmp_path: Path) -> None:
+    """Two layers: one where all experts do as much, one where the first does all of the noise."""
+    load = np.ones((2, 10, 4))
+    load[1, :5] = (4.0, 0.0, 0.0, 0.0)
+    load[1, 9] = 0.0  # no sample was there: nothing is drawn
+    expert_map(load, tmp_path / "experts.png", "law")
+    pixels = _pixels(tmp_path / "experts.png")
+    # Of the two panels, left of the colour bar.
+    half = pixels.shape[1] * 9 // 20
+    blue = (pixels[..., 2] - pixels[..., 0]) > 80
+    amber = (pixels[..., 0] - pixels[..., 2]) > 80
+    assert not blue[:, :half].any()
+    assert not amber[:, :half].any()
+    ratio = amber[:, half : 2 * half - 20].sum() / blue[:, half : 2 * half - 20].sum()
+    assert ratio == pytest.approx(3.0, rel=0.15)

@@ -1,0 +1,84 @@
+"""A mixture of experts in the place of a feed-forward: y = sum over its experts p_e E_e(h), plus S(h).
+
+Shazeer et al. 2017; experts and the shared network S are gated by SiLU and have no biases, as in
+DiT-MoE (Fei et al. 2024). Tokens are brought into the order of their experts and all experts are
+computed by grouped matrix products, one call for all whatever their loads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flows.models.routers import Cell, Router, Routing
+from flows.routed import Routed
+
+# Rows of a grouped product begin at multiples of 16 bytes, in bfloat16 too.
+ALIGNMENT = 8
+
+
+class Experts(nn.Module):
+    """E_e(h) = down_e(SiLU(gate) * value), (gate, value) the halves of up_e(h), for every expert e.
+
+    Weights are stacked with the expert first, which is how they are cut over ranks.
+    """
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows (slots, width) in the order of the experts, counts (experts,) -> (slots, width)."""
+        kind = rows.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else self.up.dtype
+        ends = counts.cumsum(0).to(torch.int32)
+        up, down = self.up.to(dtype).mT, self.down.to(dtype).mT
+        gate, value = F.grouped_mm(rows.to(dtype), up, offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * value, down, offs=ends)
+
+
+class Shared(nn.Module):
+    """The network that computes every token."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        gate, value = self.up(x).chunk(2, dim=-1)
+        result: Tensor = self.down(F.silu(gate) * value)
+        return result
+
+
+class Mixture(nn.Module):
+    """Router, experts, and the shared network if `shared`, its hidden width, is above 0."""
+
+    def __init__(self, width: int, hidden: int, shared: int, routing: Routing) -> None:
+        super().__init__()
+        self.router = Router(width, routing)
+        self.experts = Experts(routing.experts, width, hidden)
+        self.shared = Shared(width, shared) if shared else None
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        cell: Cell | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Routed, Tensor | None]:
+        """(batch, tokens, width) -> the same, and the router's penalty, routing and state.
+
+        The other arguments are the router's.
+        """
+        slots, penalty, routed, state = self.router(x, state, cell, mask)
+        rows = x.flatten(0, 1)
+        outputs = self.experts(rows.index_select(0, slots.token), slots.counts)
+        weighted = outputs * slots.weight.unsqueeze(1).to(outputs.dtype)
+        mixed = weighted.new_zeros(len(rows), rows.shape[1]).index_add(0, slots.token, weighted)
+        y = mixed.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, penalty, routed, state

@@ -1,0 +1,317 @@
+"""Routers of a mixture of experts: who computes a token, how much it counts, what balance costs.
+
+Tokens choose experts (Shazeer et al. 2017; top-k of a softmax, or of sigmoids as in DeepSeek-V3), or
+experts choose tokens (Zhou et al. 2022). Everything here is a function of one sample and of the state
+that the last step left, so that no split of a batch changes it (docs/decisions/0007): a capacity
+counts the tokens of one sample, and so does what an expert chooses.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flows.routed import Routed
+
+Chooser = Literal["tokens", "experts"]
+Gate = Literal["softmax", "sigmoid"]
+Balance = Literal["none", "previous", "sequence"]
+
+# Scores of fresh routers are about 1 / experts; layouts that add in another order differ below this.
+TIE = 1e-6
+SMALLEST = 1e-20
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens and experts find each other.
+
+    chosen: experts a token goes to; on average, where experts choose
+    chooser: who chooses
+    gate: what makes scores of logits
+    renormalise: the weights of a token's experts sum to one
+    scale: times all weights
+    capacity: places of an expert in a sample over its equal share, so that 1 is just enough for balanced
+        ones; the weakest slots are dropped. 0: all find a place
+    balance: what the balance loss multiplies the mean scores of a sample with: the shares of the
+        `previous` step's whole batch, or the shares of the same sample (`sequence`)
+    balance_weight: of the balance loss, which is this much where loads are equal
+    z_weight: of the mean squared logsumexp of the logits (Zoph et al. 2022, ST-MoE, eq. 5)
+    bias_rate: step of the biases that balance without a loss (Wang et al. 2024); 0: there are none
+    recurrent: width of the state that routers hand from layer to layer (Qiu et al. 2024, RMoE); 0: none
+    """
+
+    experts: int
+    chosen: int
+    chooser: Chooser = "tokens"
+    gate: Gate = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    capacity: float = 0.0
+    balance: Balance = "none"
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+    bias_rate: float = 0.0
+    recurrent: int = 0
+
+
+class Slots(NamedTuple):
+    """The work of a mixture: slots, each a token for an expert, in the order of the experts.
+
+    token: (slots,) int64 row of the token among all of the batch
+    weight: (slots,) float32 of the expert's output
+    counts: (experts,) int64 slots of each expert
+    """
+
+    token: Tensor
+    weight: Tensor
+    counts: Tensor
+
+
+class Cell(NamedTuple):
+    """The weights of a gated recurrent unit, as `torch.nn.GRUCell` has them: reset, update, new.
+
+    inward, onward: (3 * width, width) of the input and of the state
+    inward_bias, onward_bias: (3 * width,)
+    """
+
+    inward: Tensor
+    onward: Tensor
+    inward_bias: Tensor
+    onward_bias: Tensor
+
+
+class RouterCell(nn.Module):
+    """The recurrent unit that the routers of all layers share."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inward = nn.Parameter(torch.empty(3 * width, width))
+        self.onward = nn.Parameter(torch.empty(3 * width, width))
+        self.inward_bias = nn.Parameter(torch.empty(3 * width))
+        self.onward_bias = nn.Parameter(torch.empty(3 * width))
+
+    def weights(self) -> Cell:
+        """In float32. Blocks are handed these: parts that are cut apart cannot share a module."""
+        weights = (self.inward, self.onward, self.inward_bias, self.onward_bias)
+        return Cell(*(rounded(weight) for weight in weights))
+
+
+class Decision(NamedTuple):
+    """What a router says of a batch.
+
+    penalty: (batch,) float32 weighted losses
+    state: (batch, tokens, recurrent) for the next layer's router, if there is one
+    """
+
+    slots: Slots
+    penalty: Tensor
+    routed: Routed
+    state: Tensor | None
+
+
+class Router(nn.Module):
+    """Logits, scores, choice. Computed in float32 whatever the precision.
+
+    share: buffer (experts,) shares of the slots in the last step, see `Routing.balance`
+    bias: buffer (experts,) added to scores for the choice alone, see `Routing.bias_rate`
+    """
+
+    share: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, width: int, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+        experts, recurrent = routing.experts, routing.recurrent
+        self.inward = nn.Linear(width, recurrent, bias=False) if recurrent else None
+        self.gate = nn.Linear(recurrent or width, experts, bias=False)
+        self.register_buffer("share", _numbers(experts, exist=routing.balance == "previous"))
+        self.register_buffer("bias", _numbers(experts, exist=routing.bias_rate > 0))
+
+    def reset_buffers(self) -> None:
+        """As before the first step: equal shares, no bias."""
+        if self.share is not None:
+            self.share.fill_(1.0 / self.routing.experts)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        cell: Cell | None = None,
+        mask: Tensor | None = None,
+    ) -> Decision:
+        """x (batch, tokens, width) -> who computes what.
+
+        state: (batch, tokens, recurrent) of the layer before, None at the first
+        cell: given where the router is recurrent
+        mask: (batch, tokens, slots of a token) float32 that the weights are multiplied with: `chosen`
+            slots, or one for each expert where experts choose
+        """
+        routing, gate = self.routing, rounded(self.gate.weight)
+        inward = rounded(self.inward.weight) if self.inward is not None else None
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = x.float()
+            if inward is not None:
+                if cell is None:
+                    raise ValueError("a recurrent router is called with the cell of all layers")
+                hidden = state = gated_unit(F.linear(hidden, inward), state, cell)
+            logits = F.linear(hidden, gate)
+            scores = logits.softmax(-1) if routing.gate == "softmax" else logits.sigmoid()
+            if routing.chooser == "experts":
+                slots, routed = experts_choose(scores, routing, mask)
+            else:
+                slots, routed = tokens_choose(scores, self.bias, routing, mask)
+            return Decision(slots, self._penalty(logits, scores, routed.load), routed, state)
+
+    def _penalty(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor:
+        """(batch,) balance and z losses of each sample."""
+        routing = self.routing
+        penalty = logits.new_zeros(len(logits))
+        if routing.balance != "none":
+            shares = _shares(load) if self.share is None else self.share
+            mean = _distribution(scores).mean(1)
+            penalty = penalty + routing.balance_weight * routing.experts * (mean * shares).sum(-1)
+        if routing.z_weight:
+            penalty = penalty + routing.z_weight * logits.logsumexp(-1).square().mean(-1)
+        return penalty
+
+
+def tokens_choose(
+    scores: Tensor, bias: Tensor | None, routing: Routing, mask: Tensor | None
+) -> tuple[Slots, Routed]:
+    """Each token takes the experts of its highest scores (batch, tokens, experts)."""
+    batch, tokens, experts = scores.shape
+    chosen = routing.chosen
+    ranked = scores.detach() if bias is None else scores.detach() + bias
+    best = ranked.topk(min(chosen + 1, experts), dim=-1)
+    expert = best.indices[..., :chosen]
+    weight = scores.gather(-1, expert)
+    if routing.renormalise:
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(SMALLEST)
+    weight = weight * routing.scale
+    load = F.one_hot(expert, experts).sum((1, 2)).float()
+    kept = None
+    if routing.capacity:
+        places = min(tokens, math.ceil(routing.capacity * chosen * tokens / experts))
+        kept = _strongest(weight.detach(), expert, experts, places)
+    dropped = load.new_zeros(batch) if kept is None else (~kept).sum((1, 2)).float()
+    if mask is not None:
+        weight = weight * mask
+    slots = _in_order(expert, weight, kept, experts)
+    return slots, Routed(load, dropped, _entropy(scores), _ties(best.values, chosen))
+
+
+def experts_choose(scores: Tensor, routing: Routing, mask: Tensor | None) -> tuple[Slots, Routed]:
+    """In each sample every expert takes as many tokens, those that score it highest."""
+    batch, tokens, experts = scores.shape
+    places = expert_places(routing, tokens)
+    ranked = scores.detach().transpose(1, 2)
+    best = ranked.topk(min(places + 1, tokens), dim=-1)
+    token = best.indices[..., :places]  # (batch, experts, places)
+    weight = scores if mask is None else scores * mask
+    if routing.renormalise:
+        taken = torch.zeros_like(ranked).scatter(-1, token, 1.0).transpose(1, 2)
+        weight = weight / (scores * taken).sum(-1, keepdim=True).clamp_min(SMALLEST)
+    weight = (weight * routing.scale).transpose(1, 2).gather(-1, token)
+    rows = token + tokens * torch.arange(batch, device=token.device)[:, None, None]
+    counts = torch.full((experts,), batch * places, device=token.device)
+    slots = Slots(rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten(), counts)
+    reached = F.one_hot(token, tokens).sum((1, 2)) > 0
+    load = torch.full((batch, experts), float(places), device=token.device)
+    dropped = (~reached).sum(-1).float()
+    return slots, Routed(load, dropped, _entropy(scores), _ties(best.values, places))
+
+
+def expert_places(routing: Routing, tokens: int) -> int:
+    """Tokens that an expert takes of a sample, where experts choose."""
+    wanted = (routing.capacity or 1.0) * routing.chosen * tokens / routing.experts
+    return max(1, min(tokens, math.ceil(wanted)))
+
+
+def gated_unit(x: Tensor, state: Tensor | None, cell: Cell) -> Tensor:
+    """The next state (..., width) of a gated recurrent unit (Cho et al. 2014); None: a state of zeros."""
+    before = torch.zeros_like(x) if state is None else state
+    inward = F.linear(x, cell.inward, cell.inward_bias).chunk(3, -1)
+    onward = F.linear(before, cell.onward, cell.onward_bias).chunk(3, -1)
+    reset, update = (torch.sigmoid(i + o) for i, o in zip(inward[:2], onward[:2], strict=True))
+    new = torch.tanh(inward[2] + reset * onward[2])
+    return torch.lerp(new, before, update)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight in float32, of the same bits whether it was gathered in bfloat16 or is rounded here."""
+    kind = weight.device.type
+    mixed = torch.is_autocast_enabled(kind)
+    return weight.to(torch.get_autocast_dtype(kind) if mixed else weight.dtype).float()
+
+
+@torch.no_grad()
+def rebalance(routers: Iterable[Router], load: Tensor, skip: Tensor) -> None:
+    """What routers carry from a step to the next, of the load of the whole batch. In place.
+
+    load: (layers, experts) slots that asked for each expert, over all samples of the step
+    skip: () 1 where the optimizer step was skipped: then nothing changes
+
+    A bias moves by `bias_rate` towards the experts that had less than the mean; all together do not
+    move, for a common shift changes no choice.
+    """
+    took = 1.0 - skip.to(load.dtype)
+    for router, slots in zip(routers, load, strict=True):
+        if router.share is not None:
+            router.share.lerp_(slots / slots.sum(), took)
+        if router.bias is not None:
+            move = router.routing.bias_rate * torch.sign(slots.mean() - slots)
+            router.bias.add_(took * (move - move.mean()))
+
+
+def _numbers(count: int, *, exist: bool) -> Tensor | None:
+    return torch.empty(count) if exist else None
+
+
+def _strongest(weight: Tensor, expert: Tensor, experts: int, places: int) -> Tensor:
+    """(batch, tokens, chosen) bool: the slots that are among the `places` strongest of their expert."""
+    claims = weight.new_full((*weight.shape[:2], experts), -1.0).scatter(-1, expert, weight)
+    taken = torch.zeros_like(claims, dtype=torch.bool)
+    taken.scatter_(1, claims.topk(places, dim=1).indices, True)
+    return taken.gather(-1, expert)
+
+
+def _in_order(expert: Tensor, weight: Tensor, kept: Tensor | None, experts: int) -> Slots:
+    """Slots of (batch, tokens, chosen) choices; of one expert, in the order of their tokens."""
+    chosen, flat, weights = expert.shape[-1], expert.flatten(), weight.flatten()
+    if kept is None:
+        order = flat.argsort(stable=True)
+    else:
+        place = kept.flatten().nonzero().squeeze(1)
+        order = place[flat[place].argsort(stable=True)]
+    counts = torch.bincount(flat[order], minlength=experts)
+    return Slots(order // chosen, weights[order], counts)
+
+
+def _shares(load: Tensor) -> Tensor:
+    return load / load.sum(-1, keepdim=True)
+
+
+def _distribution(scores: Tensor) -> Tensor:
+    """Scores that sum to one over experts, as those of a softmax do already."""
+    return scores / scores.sum(-1, keepdim=True).clamp_min(SMALLEST)
+
+
+def _entropy(scores: Tensor) -> Tensor:
+    """(batch,) mean over tokens."""
+    share = _distribution(scores.detach())
+    return -torch.xlogy(share, share).sum(-1).mean(1)
+
+
+def _ties(best: Tensor, chosen: int) -> Tensor:
+    """(batch,) rows of the sorted `best` in which the last chosen score is hardly above the next."""
+    if best.shape[-1] == chosen:
+        return best.new_zeros(len(best))
+    return (best[..., chosen - 1] - best[..., chosen] < TIE).sum(1).float()

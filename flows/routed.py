@@ -1,0 +1,48 @@
+"""What routers of experts tell about themselves, one row a sample.
+
+Sums of rows over samples are the same however a batch is split over microbatches and ranks; so
+whatever is made of routing (a loss, a balance, a picture) is made of such sums.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routed(NamedTuple):
+    """The routing of one layer, or of several in a dimension after the batch. No graph.
+
+    load: (batch, [layers,] experts) float32 slots that asked for each expert, dropped ones included
+    dropped: (batch, [layers]) slots that found no place; where experts choose, tokens without an expert
+    entropy: (batch, [layers]) mean over tokens of the entropy of their distribution over experts, in nats
+    ties: (batch, [layers]) tokens whose choice hangs on a difference that rounding could turn
+    """
+
+    load: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    ties: Tensor
+
+
+class Mixed(NamedTuple):
+    """What a network of experts gives while it trains.
+
+    prediction: as it gives otherwise
+    penalty: (batch,) float32 losses of all its routers, weighted: the objective adds them
+    routed: of all layers, in order
+    """
+
+    prediction: Tensor
+    penalty: Tensor
+    routed: Routed
+
+
+def stacked(layers: list[Routed]) -> Routed:
+    """Layers of one batch along a dimension after it."""
+    return Routed(*(torch.stack(values, 1) for values in zip(*layers, strict=True)))
+
+
+def joined(batches: list[Routed]) -> Routed:
+    """Microbatches one after the other."""
+    return Routed(*(torch.cat(values) for values in zip(*batches, strict=True)))
