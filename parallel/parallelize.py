@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flows.initialise import Initialisable, rules_of
-from parallel.activation import checkpoint_blocks
+from parallel.activation import Recompute, checkpoint_blocks
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
@@ -60,7 +60,7 @@ def parallelize(
     device: torch.device,
     seed: int,
     precision: Precision,
-    checkpoint_activations: int,
+    checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
 ) -> ParallelModel:

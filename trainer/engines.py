@@ -8,6 +8,7 @@ import torch
 
 from flows.errors import UserError
 from flows.models.family import Architecture
+from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed_config import Json, Stage
@@ -89,6 +90,7 @@ def build_engine(
     with torch.device("meta"):
         network = model.build()
     train, factory = recipe.train, optimizer_factory(recipe)
+    recompute = Recompute(train.checkpoint_activations, train.checkpoint_keeps)
     if recipe.parallel.engine == "accelerate":
         return accelerate.build(
             network,
@@ -97,7 +99,7 @@ def build_engine(
             device=ranks.device,
             seed=recipe.seed,
             precision=train.precision,
-            checkpoint_activations=train.checkpoint_activations,
+            checkpoint_activations=recompute,
             compile=train.compile,
             reshard_after_forward=recipe.parallel.reshard_after_forward,
             optimizer=factory,
@@ -110,7 +112,7 @@ def build_engine(
             device=ranks.device,
             seed=recipe.seed,
             precision=train.precision,
-            checkpoint_activations=train.checkpoint_activations,
+            checkpoint_activations=recompute,
             compile=train.compile,
             optimizer=factory,
             clock=clock,
@@ -122,7 +124,7 @@ def build_engine(
         device=ranks.device,
         seed=recipe.seed,
         precision=train.precision,
-        checkpoint_activations=train.checkpoint_activations,
+        checkpoint_activations=recompute,
         compile=train.compile,
         reshard_after_forward=recipe.parallel.reshard_after_forward,
         optimizer=factory,

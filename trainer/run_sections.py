@@ -53,6 +53,10 @@ class TrainSection(Section):
     checkpoint_activations: Annotated[int, Field(ge=0)] = Field(
         0, description="recompute every n-th block in backward; 0: none, 1: all"
     )
+    checkpoint_keeps: Literal["nothing", "products"] = Field(
+        "nothing",
+        description="what a recomputed block keeps; products: results of matrix products and attention",
+    )
     compile: bool = False
     deterministic: bool = False
     max_skipped: Annotated[int, Field(ge=0)] = Field(
@@ -62,6 +66,15 @@ class TrainSection(Section):
         [0.999], description="decays of the averaged weights; the first is used to sample"
     )
     log_every: Positive = Field(10, description="steps between progress lines")
+
+    @model_validator(mode="after")
+    def _keeps_of_something(self) -> "TrainSection":
+        if self.checkpoint_keeps != "nothing" and not self.checkpoint_activations:
+            raise ValueError(
+                f"train.checkpoint_keeps = {self.checkpoint_keeps} says what recomputed blocks keep, and "
+                "train.checkpoint_activations = 0 recomputes none; set that to 1, or drop the key"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":

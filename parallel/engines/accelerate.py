@@ -19,7 +19,7 @@ from torch import nn
 
 from flows.errors import UserError
 from flows.initialise import rules_of
-from parallel.activation import checkpoint_blocks
+from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
 from parallel.engines import deepspeed
 from parallel.engines.deepspeed import DeepSpeedEngine
@@ -112,7 +112,7 @@ def build(
     device: torch.device,
     seed: int,
     precision: Precision,
-    checkpoint_activations: int,
+    checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
     optimizer: OptimizerFactory,
@@ -171,7 +171,7 @@ def _prepare(
     device: torch.device,
     seed: int,
     precision: Precision,
-    checkpoint_activations: int,
+    checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
 ) -> ParallelModel:

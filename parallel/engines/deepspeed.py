@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from flows.batch import Batch
 from flows.initialise import rules_of
 from flows.objectives.objective import Objective
-from parallel.activation import checkpoint_blocks
+from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
 from parallel.engines.deepspeed_config import Json
 from parallel.engines.engine import (
@@ -195,7 +195,7 @@ def build(
     device: torch.device,
     seed: int,
     precision: Precision,
-    checkpoint_activations: int,
+    checkpoint_activations: Recompute,
     compile: bool,
     optimizer: OptimizerFactory,
     clock: Clock,

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
+from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines.engine import (
     OptimizerFactory,
@@ -190,7 +191,7 @@ def build(
     device: torch.device,
     seed: int,
     precision: Precision,
-    checkpoint_activations: int,
+    checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
     optimizer: OptimizerFactory,

@@ -21,6 +21,7 @@ from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
 from flows.randomness import Draw
 from flows.times import TimeDistribution
+from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed import DeepSpeedEngine
@@ -131,7 +132,7 @@ def build(
         device=CPU,
         seed=SEED,
         precision=precision,
-        checkpoint_activations=checkpoint_activations,
+        checkpoint_activations=Recompute(checkpoint_activations),
         compile=compile,
         reshard_after_forward=reshard_after_forward,
         optimizer=adamw,
@@ -155,7 +156,7 @@ def build_zero(
         device=CPU,
         seed=SEED,
         precision=precision,
-        checkpoint_activations=checkpoint_activations,
+        checkpoint_activations=Recompute(checkpoint_activations),
         compile=False,
         optimizer=adamw,
         clock=Clock(CPU),
@@ -204,7 +205,7 @@ def build_accelerated(
         device=CPU,
         seed=SEED,
         precision="fp32",
-        checkpoint_activations=checkpoint_activations,
+        checkpoint_activations=Recompute(checkpoint_activations),
         compile=False,
         reshard_after_forward=reshard_after_forward,
         optimizer=adamw,

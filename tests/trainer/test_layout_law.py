@@ -53,6 +53,10 @@ MORE_LAYOUTS = {
     "fsdp x2 kept": (2, ["parallel.reshard_after_forward=false"]),
     "ddp x2 accumulated": (2, ["parallel.strategy=ddp", "train.microbatch=1"]),
     "ddp x4 recomputed": (4, ["parallel.strategy=ddp", "train.checkpoint_activations=1"]),
+    "fsdp x2 recomputed but for products": (
+        2,
+        ["train.checkpoint_activations=1", "train.checkpoint_keeps=products"],
+    ),
     "hsdp 2x2 accumulated recomputed": (
         4,
         [

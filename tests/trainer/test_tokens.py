@@ -7,6 +7,7 @@ import torch
 
 from flows.errors import UserError
 from flows.mixture import to_image, to_tokens
+from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines import native
 from parallel.mesh import build_mesh, resolve_layout
@@ -36,7 +37,7 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
         model = made.model.build()
     engine = native.build(
         model, layout, build_mesh(layout, CPU), device=CPU, seed=1, precision="fp32",
-        checkpoint_activations=1, compile=False, reshard_after_forward=True,
+        checkpoint_activations=Recompute(1), compile=False, reshard_after_forward=True,
         optimizer=scenario.adamw, clock=Clock(CPU),
     )  # fmt: skip
     objective, losses = build_discrete(made.recipe), []
