@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallel.pipeline.timeline import Timeline
 
 app = typer.Typer(help="Show pipeline schedules.", no_args_is_help=True)
-LARGEST = 4096  # microbatches and stages: a picture of more shows nothing
+LARGEST = 2**13  # boxes for forwards: a picture of more shows nothing
 
 
 @app.callback()
@@ -51,13 +51,11 @@ def show(
     from parallel.pipeline.timeline import equal_costs, simulate
 
     _check_costs(forward=forward, input=input, weight=weight, latency=latency)
-    for name, number in (
-        ("--stages", stages),
-        ("--microbatches", microbatches),
-        ("--chunks", chunks),
-    ):
-        if number is not None and number > LARGEST:
-            raise UserError(f"{name} = {number} is too many to show; use {LARGEST} or fewer.")
+    if max(stages, 1) * max(microbatches, 1) * max(chunks or 2, 1) > LARGEST:
+        raise UserError(
+            f"--stages {stages} and --microbatches {microbatches} are too many to show; their product "
+            f"with the stages on a rank may be {LARGEST}."
+        )
     for option, path, suffix in (("--png", png, ".png"), ("--svg", svg, ".svg")):
         if path is not None:
             check_picture(option, path, suffix)

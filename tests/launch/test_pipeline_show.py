@@ -43,7 +43,7 @@ def test_a_table_and_pictures(flowmill: Flowmill, tmp_path: Path) -> None:
     [
         (("--schedule", "fast"), "--schedule = fast is no schedule"),
         (("--stages", "5"), "--stages = 5 is odd"),
-        (("--stages", "5000"), "--stages = 5000 is too many to show"),
+        (("--stages", "5000"), "--stages 5000 and --microbatches 8 are too many to show"),
         (("--forward", "-1"), "--forward = -1.0 is no cost"),
         (("--forward", "nan"), "--forward = nan is no cost"),
         (("--input", "0", "--weight", "0"), "--input or --weight, must be above 0"),
