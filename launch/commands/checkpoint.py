@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 # Named here, for the formats themselves know models, and torch takes seconds to import.
-FORMATS = ("ml-tarflow", "ml-starflow", "sit", "dit", "repa", "lightningdit", "flux", "jet")
+FORMATS = (
+    "ml-tarflow",
+    "ml-starflow",
+    "sit",
+    "dit",
+    "repa",
+    "lightningdit",
+    "dit-moe",
+    "flux",
+    "jet",
+)
 
 
 Weights = Literal["ema", "raw"]

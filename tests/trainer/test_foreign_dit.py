@@ -278,8 +278,3 @@ def test_an_incomplete_state_is_not_exported() -> None:
     del ours["patches.bias"]
     with pytest.raises(UserError, match=r"tensor patches\.bias is missing"):
         to_foreign(config, ours, "sit")
-
-
-def test_mixtures_of_experts_are_refused() -> None:
-    with pytest.raises(UserError, match="no model here has experts"):
-        convert({}, source="dit-moe")

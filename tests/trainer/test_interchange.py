@@ -29,6 +29,7 @@ from .references.parts import State, random_state
 from .test_foreign_dit import lightning, repa, sit
 from .test_foreign_flows import jet, starflow, tarflow
 from .test_foreign_flux import flux
+from .test_foreign_moe import moe
 
 # What files of these formats leave out.
 FACTS = {
@@ -38,6 +39,7 @@ FACTS = {
     "dit": ["model.heads=4"],
     "repa": ["model.heads=2", "model.align_depth=1"],
     "lightningdit": [],
+    "dit-moe": ["model.heads=2"],
     "flux": ["data.image_size=8", "data.text.tokens=5"],
     "jet": [],
 }
@@ -48,6 +50,7 @@ STATES = {
     "dit": sit,
     "repa": repa,
     "lightningdit": lightning,
+    "dit-moe": moe,
     "flux": flux,
     "jet": jet,
 }
@@ -244,7 +247,7 @@ def test_half_precision_and_diffusers(tmp_path: Path) -> None:
         (["model.heads=2", "train.batch"], "sit", r"'train\.batch' is not section\.key=value"),
         (["model.heads=2", "train.steps=-1"], "sit", r"train\.steps"),
         (["model.heads=2"], "png", "there is no format 'png'"),
-        (["model.heads=2"], "dit-moe", "no model here has experts"),
+        (["model.heads=2"], "dit-moe", r"there is no tensor blocks\.0\.moe\.gate\.weight"),
     ],
 )
 def test_what_cannot_be_imported_leaves_nothing(changes, source, sentence, tmp_path: Path) -> None:

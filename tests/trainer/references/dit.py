@@ -1,4 +1,4 @@
-"""SiT, DiT, REPA and LightningDiT."""
+"""SiT, DiT, REPA, LightningDiT and DiT-MoE."""
 
 import torch
 import torch.nn.functional as F
@@ -101,9 +101,10 @@ def block(state: State, name: str, h: Tensor, c: Tensor, heads: int) -> Tensor:
     h = h + gate_1 * attention(
         state, f"{name}.attn", norm(state, f"{name}.norm1", h) * (1 + scale_1) + shift_1, heads
     )
-    return h + gate_2 * mlp(
-        state, f"{name}.mlp", norm(state, f"{name}.norm2", h) * (1 + scale_2) + shift_2
-    )
+    inner = norm(state, f"{name}.norm2", h) * (1 + scale_2) + shift_2
+    if f"{name}.moe.gate.weight" in state:
+        return h + gate_2 * mixture(state, f"{name}.moe", inner)
+    return h + gate_2 * mlp(state, f"{name}.mlp", inner)
 
 
 def norm(state: State, name: str, h: Tensor) -> Tensor:
@@ -128,3 +129,19 @@ def mlp(state: State, name: str, h: Tensor) -> Tensor:
         return dense(state, f"{name}.w3", F.silu(a) * b)
     hidden = F.gelu(dense(state, f"{name}.fc1", h), approximate="tanh")
     return dense(state, f"{name}.fc2", hidden)
+
+
+def mixture(state: State, name: str, h: Tensor, chosen: int = 2) -> Tensor:
+    """Every expert computes every token; those that a token did not choose count for nothing."""
+    share = dense(state, f"{name}.gate", h).softmax(-1)
+    least = share.sort(-1, descending=True).values[..., chosen - 1 : chosen]
+    weight = torch.where(share >= least, share, 0.0)
+    total = gated(state, f"{name}.shared_experts", h)
+    for expert in range(share.shape[-1]):
+        total = total + weight[..., expert, None] * gated(state, f"{name}.experts.{expert}", h)
+    return total
+
+
+def gated(state: State, name: str, h: Tensor) -> Tensor:
+    hidden = F.silu(dense(state, f"{name}.gate_proj", h)) * dense(state, f"{name}.up_proj", h)
+    return dense(state, f"{name}.down_proj", hidden)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.family import Family
-from trainer.checkpoints.foreign import dit, flux, jet, tarflow
+from trainer.checkpoints.foreign import dit, dit_moe, flux, jet, tarflow
 from trainer.checkpoints.foreign.moves import State, to_ours, to_theirs
 from trainer.checkpoints.foreign.source import (
     Contents,
@@ -28,14 +28,10 @@ SOURCES: dict[str, Source] = {
         dit.DIT,
         dit.REPA,
         dit.LIGHTNING,
+        dit_moe.DIT_MOE,
         flux.FLUX,
         jet.JET,
     )
-}
-# Formats that are known, and why they cannot be converted.
-REFUSED = {
-    "dit-moe": "a dit-moe file is of a mixture of experts, and no model here has experts yet; import a "
-    "dense model such as sit instead.",
 }
 
 
@@ -48,8 +44,6 @@ class Converted(NamedTuple):
 
 def source_named(name: str) -> Source:
     """A format by its name; UserError naming those there are."""
-    if name in REFUSED:
-        raise UserError(REFUSED[name])
     if name not in SOURCES:
         raise UserError(f"there is no format {name!r}; use {', '.join(SOURCES)}.")
     return SOURCES[name]

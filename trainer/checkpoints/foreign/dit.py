@@ -100,14 +100,22 @@ def read_lightning(contents: Contents, told: Told) -> Findings:
 def moves(config: DiTConfig, *, sign: int = 1) -> list[Move]:
     """sign: of the program's prediction, -1 where it predicts noise - data."""
     return [
-        kernel("x_embedder.proj.weight", "patches.weight", config.patch),
+        *first_moves(config.patch),
+        *(move for index in range(config.depth) for move in _block(config, index)),
+        *_projector(config),
+        *final_moves(sign=sign),
+        *([same("final_layer.norm_final.weight", "final.norm.weight")] * config.norm_affine),
+    ]
+
+
+def first_moves(patch: int) -> list[Move]:
+    """Of what stands before the blocks."""
+    return [
+        kernel("x_embedder.proj.weight", "patches.weight", patch),
         same("x_embedder.proj.bias", "patches.bias"),
         *linear("t_embedder.mlp.0", "time.up"),
         *linear("t_embedder.mlp.2", "time.out"),
         same("y_embedder.embedding_table.weight", "label.weight"),
-        *(move for index in range(config.depth) for move in _block(config, index)),
-        *_projector(config),
-        *_final(config, sign),
     ]
 
 
@@ -142,17 +150,15 @@ def _projector(config: DiTConfig) -> list[Move]:
     ]
 
 
-def _final(config: DiTConfig, sign: int) -> list[Move]:
-    found = [
+def final_moves(*, sign: int) -> list[Move]:
+    """Of what stands behind them, but a norm; sign: as in `moves`."""
+    return [
         *linear("final_layer.adaLN_modulation.1", "final.modulation"),
         *(
             turned_back(f"final_layer.linear.{part}", f"final.out.{part}", lambda x: sign * x)
             for part in ("weight", "bias")
         ),
     ]
-    if config.norm_affine:
-        found.append(same("final_layer.norm_final.weight", "final.norm.weight"))
-    return found
 
 
 def tables(config: DiTConfig) -> State:
