@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from flows.errors import UserError
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
+# Of parts of one sequence: by exchanging heads for tokens, or by passing keys and values round.
+Context = Literal["ulysses", "ring"]
 AXES = ("pp", "replicate", "shard", "cp", "tp")
 DATA_AXES = ("replicate", "shard")  # along which ranks read different samples
 PEER_AXES = ("cp", "tp")  # along which they share them
@@ -29,6 +31,7 @@ class Layout:
     """The size of each axis; their product is the number of ranks.
 
     strategy: how the model lies over the data axes, `Strategy` or another engine's word for it
+    context: how ranks along `cp` attend to each other's tokens
     """
 
     strategy: str
@@ -37,6 +40,7 @@ class Layout:
     shard: int
     cp: int
     tp: int
+    context: Context = "ulysses"
 
     @property
     def world_size(self) -> int:
@@ -56,6 +60,7 @@ def resolve_layout(
     *,
     tp: int = 1,
     cp: int = 1,
+    context: Context = "ulysses",
 ) -> Layout:
     """Fill in what was left to be inferred, and check the whole; needs no process group.
 
@@ -80,7 +85,7 @@ def resolve_layout(
         replicate, shard = _hybrid(replicate, shard, ranks, cp)
     else:
         replicate, shard = _single_axis(chosen, replicate, shard, ranks)
-    return Layout(chosen, pp=1, replicate=replicate, shard=shard, cp=cp, tp=tp)
+    return Layout(chosen, pp=1, replicate=replicate, shard=shard, cp=cp, tp=tp, context=context)
 
 
 def _data_ranks(world_size: int, tp: int, cp: int) -> int:

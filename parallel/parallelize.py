@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flows.initialise import Initialisable, rules_of
+from flows.models.division import Region
 from parallel.activation import Recompute, checkpoint_blocks
+from parallel.context import cut_sequences
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
@@ -25,6 +27,10 @@ class FlowModel(Initialisable, Protocol):
 
     @property
     def blocks(self) -> Sequence[nn.Module]: ...
+
+    def regions(self) -> Sequence[Region]:
+        """Where its tokens may be divided."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ def parallelize(
     names = [name for name, _ in model.named_parameters()]
     cuts: dict[str, Cut] = {}
 
+    if layout.cp > 1:
+        cut_sequences(model, described.regions(), mesh.get_group("cp"), layout.context)
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
         for block in described.blocks:

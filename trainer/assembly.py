@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,7 +27,9 @@ from flows.objectives.output_mask import OutputMask
 from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
+from parallel.context import check_context
 from parallel.mesh import Layout
+from parallel.parallelize import FlowModel
 from trainer.asked import text_member
 from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
@@ -65,7 +68,8 @@ class Plan:
         by = "" if engine == "native" else f"{engine} "
         degrees = f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
         cut = [(name, size) for name, size in (("cp", layout.cp), ("tp", layout.tp)) if size > 1]
-        return degrees + "".join(f" x {name} {size}" for name, size in cut)
+        way = f" ({layout.context})" if layout.cp > 1 else ""
+        return degrees + "".join(f" x {name} {size}" for name, size in cut) + way
 
     @property
     def local_batch(self) -> int:
@@ -95,7 +99,9 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         )
     model = model_architecture(recipe)
     with torch.device("meta"):
-        model.build()
+        network = cast(FlowModel, model.build())
+    if layout.cp > 1:
+        check_context(network.regions(), layout.cp, layout.context, layout.tp)
     build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)

@@ -68,10 +68,6 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         )
     if section.engine == "deepspeed":
         return _place_deepspeed(recipe, world_size)
-    if section.cp > 1:
-        raise UserError(
-            f"parallel.cp = {section.cp} cuts sequences, which is not supported; use parallel.cp = 1."
-        )
     layout = resolve_layout(
         section.strategy,
         section.replicate,
@@ -79,6 +75,7 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         world_size,
         tp=section.tp,
         cp=section.cp,
+        context=section.context,
     )
     return Placement(layout, None)
 

@@ -290,6 +290,9 @@ def regions_of(blocks: nn.ModuleList) -> list[Region]:
     for index, block in enumerate(_typed(blocks)):
         layers = tuple(f"flow_blocks.{index}.layers.{k}" for k in range(block.shape.layers))
         length = block.shape.prefix_tokens + block.shape.chain
+        layer = block.shape.layer
+        grouped = layer.kv_heads != layer.heads
+        key = "model.kv_heads" if grouped else "model.width / model.head_width"
         found.append(
             Region(
                 blocks=layers,
@@ -297,7 +300,7 @@ def regions_of(blocks: nn.ModuleList) -> list[Region]:
                 ends=layers[-1:],
                 vectors=(),
                 parts={"tokens": length},
-                heads={"model.kv_heads": block.shape.layer.kv_heads},
+                heads={key: layer.kv_heads},
                 causal=True,
             )
         )
