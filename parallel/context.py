@@ -13,7 +13,7 @@ chain backwards turns it round outside of the region, between a gather and a cut
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -36,9 +36,15 @@ class Attending(Protocol):
     kernel: Kernel
 
 
-def check_context(regions: Sequence[Region], cp: int, way: Context, tp: int) -> None:
+def check_context(model: nn.Module, cp: int, way: Context, tp: int) -> None:
     """Raise UserError unless sequences and heads of a model can be cut; opens no process group."""
-    for region in regions:
+    regions: Callable[[], Sequence[Region]] | None = getattr(model, "regions", None)
+    if regions is None:
+        raise UserError(
+            f"parallel.cp = {cp} cuts sequences, and a {type(model).__name__} is no model that says where "
+            "its may be cut; use parallel.cp = 1, or another model.family."
+        )
+    for region in regions():
         if not region.causal:
             for key, tokens in region.parts.items():
                 if tokens % cp:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -29,7 +28,6 @@ from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.context import check_context
 from parallel.mesh import Layout
-from parallel.parallelize import FlowModel
 from trainer.asked import text_member
 from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
@@ -99,9 +97,9 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         )
     model = model_architecture(recipe)
     with torch.device("meta"):
-        network = cast(FlowModel, model.build())
+        network = model.build()
     if layout.cp > 1:
-        check_context(network.regions(), layout.cp, layout.context, layout.tp)
+        check_context(network, layout.cp, layout.context, layout.tp)
     build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
