@@ -11,7 +11,13 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -22,16 +28,26 @@ def shard_model(
     *,
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool,
+    offload: bool,
 ) -> None:
     """Cut each block, then the rest of the model, in place; parameters become DTensors.
 
     mesh: one axis, along which parameters are cut, or two: along the first lie copies (HSDP)
+    offload: shards lie on the host and are copied to the device as they are gathered; gradients go back
     """
     quiet()
+    # Pinned memory is for copies to a device that do not wait.
+    where = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+
+    def cut(module: nn.Module, reshard: bool) -> None:
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=where
+        )
+
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        cut(block, reshard_after_forward)
     # The backward begins with the rest, so dropping it after the forward would be for nothing.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    cut(model, False)
 
 
 def quiet() -> None:

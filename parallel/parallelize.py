@@ -69,6 +69,7 @@ def parallelize(
     checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
+    offload: bool,
 ) -> ParallelModel:
     """Lay `model` (a FlowModel on the meta device) over `mesh`; it is changed in place.
 
@@ -94,8 +95,9 @@ def parallelize(
             averaging_mesh(mesh, layout),
             policy=gather_policy(precision),
             reshard_after_forward=reshard_after_forward,
+            offload=offload,
         )
-    model.to_empty(device=device)
+    _materialise(model, device, torch.device("cpu") if offload else device)
     # Wrapping adds prefixes to names but keeps the order of parameters.
     parameters = dict(zip(names, model.parameters(), strict=True))
     laid_out = ParallelModel(model, model, parameters, cuts)
@@ -104,3 +106,12 @@ def parallelize(
     if layout.strategy == "ddp":
         return replace(laid_out, trained=replicate_model(model, averaging_mesh(mesh, layout)))
     return laid_out
+
+
+def _materialise(model: nn.Module, device: torch.device, home: torch.device) -> None:
+    """Give parameters memory at `home`, and buffers where they are used."""
+    model.to_empty(device=home)
+    if home != device:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))

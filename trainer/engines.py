@@ -77,6 +77,11 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         cp=section.cp,
         context=section.context,
     )
+    if section.offload and layout.strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"parallel.offload keeps FSDP's shards on the host, and parallel.strategy = {layout.strategy} has "
+            "none; use fsdp or hsdp (on one rank too), or drop it."
+        )
     return Placement(layout, None)
 
 
@@ -124,6 +129,7 @@ def build_engine(
         checkpoint_activations=recompute,
         compile=train.compile,
         reshard_after_forward=recipe.parallel.reshard_after_forward,
+        offload=recipe.parallel.offload,
         optimizer=factory,
         clock=clock,
     )

@@ -125,6 +125,9 @@ class ParallelSection(Section):
         True,
         description="under FSDP: gather weights again for the backward, which takes less memory",
     )
+    offload: bool = Field(
+        False, description="under FSDP: weights, averages and the optimizer lie on the host"
+    )
     timeout_seconds: Positive = Field(300, description="a collective that takes longer is an error")
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
@@ -133,8 +136,8 @@ class ParallelSection(Section):
         """A key that another engine would follow must not be passed over in silence."""
         others = {
             "native": {"deepspeed"},
-            "deepspeed": {"strategy", "replicate", "shard", *SPLITTING},
-            "accelerate": {"deepspeed", "replicate", "shard", *SPLITTING},
+            "deepspeed": {"strategy", "replicate", "shard", "offload", *SPLITTING},
+            "accelerate": {"deepspeed", "replicate", "shard", "offload", *SPLITTING},
         }[self.engine]
         for name in sorted(others):
             if getattr(self, name) != type(self).model_fields[name].default:

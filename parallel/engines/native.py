@@ -104,7 +104,8 @@ class NativeEngine:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"):
-            return clip_gradients(self._model.held.values(), max_norm)
+            # Where weights lie on the host their gradients do, and this waits for them.
+            return clip_gradients(self._model.held.values(), max_norm).to(self.device)
 
     def step(self, learning_rate: float, skip: Tensor) -> None:
         with self._clock.phase("optimizer"):
@@ -149,7 +150,8 @@ class NativeEngine:
         """The gradient scaler's way of skipping: the kernels themselves look at `found_inf`."""
         optimizer = self._optimizer
         optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = skip.to(self.device, torch.float32)  # type: ignore[attr-defined]
+        home = next(iter(self._model.parameters.values())).device
+        optimizer.found_inf = skip.to(home, torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
 
     def _create_optimizer_state(self) -> None:
@@ -194,6 +196,7 @@ def build(
     checkpoint_activations: Recompute,
     compile: bool,
     reshard_after_forward: bool,
+    offload: bool,
     optimizer: OptimizerFactory,
     clock: Clock,
 ) -> NativeEngine:
@@ -208,6 +211,7 @@ def build(
         checkpoint_activations=checkpoint_activations,
         compile=compile,
         reshard_after_forward=reshard_after_forward,
+        offload=offload,
     )
     return NativeEngine(
         laid_out,

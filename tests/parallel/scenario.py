@@ -124,6 +124,7 @@ def build(
     checkpoint_activations: int = 0,
     compile: bool = False,
     reshard_after_forward: bool = True,
+    offload: bool = False,
 ) -> NativeEngine:
     return native.build(
         _on_meta(),
@@ -135,6 +136,7 @@ def build(
         checkpoint_activations=Recompute(checkpoint_activations),
         compile=compile,
         reshard_after_forward=reshard_after_forward,
+        offload=offload,
         optimizer=adamw,
         clock=Clock(CPU),
     )

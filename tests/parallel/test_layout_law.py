@@ -48,6 +48,7 @@ def on_two_ranks(ranks: Ranks) -> dict[str, Any]:
         "ddp": scenario.train(scenario.build(ddp)),
         "ddp accumulated": scenario.train(scenario.build(ddp), microbatch=1),
         "fsdp": scenario.train(scenario.build(fsdp)),
+        "fsdp on the host": scenario.train(scenario.build(fsdp, offload=True)),
         "fsdp accumulated, unequal": scenario.train(scenario.build(fsdp), microbatch=3),
         "fsdp recomputed, kept": scenario.train(
             scenario.build(fsdp, checkpoint_activations=2, reshard_after_forward=False)
@@ -298,6 +299,7 @@ def test_the_run_is_one_that_could_differ(plain):
         "ddp accumulated",
         "ddp recomputed",
         "fsdp",
+        "fsdp on the host",
         "fsdp accumulated, unequal",
         "fsdp recomputed, kept",
     ],

@@ -51,6 +51,7 @@ MORE_LAYOUTS = {
     "fsdp x1": (1, ["parallel.strategy=fsdp"]),
     "fsdp x2 accumulated recomputed": (2, ["train.microbatch=3", "train.checkpoint_activations=2"]),
     "fsdp x2 kept": (2, ["parallel.reshard_after_forward=false"]),
+    "fsdp x2 on the host": (2, ["parallel.offload=true"]),
     "ddp x2 accumulated": (2, ["parallel.strategy=ddp", "train.microbatch=1"]),
     "ddp x4 recomputed": (4, ["parallel.strategy=ddp", "train.checkpoint_activations=1"]),
     "fsdp x2 recomputed but for products": (

@@ -37,7 +37,7 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
         model = made.model.build()
     engine = native.build(
         model, layout, build_mesh(layout, CPU), device=CPU, seed=1, precision="fp32",
-        checkpoint_activations=Recompute(1), compile=False, reshard_after_forward=True,
+        checkpoint_activations=Recompute(1), compile=False, reshard_after_forward=True, offload=False,
         optimizer=scenario.adamw, clock=Clock(CPU),
     )  # fmt: skip
     objective, losses = build_discrete(made.recipe), []
