@@ -79,8 +79,8 @@ def place(recipe: Recipe, world_size: int) -> Placement:
     )
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(
-            f"parallel.offload keeps FSDP's shards on the host, and parallel.strategy = {layout.strategy} has "
-            "none; use fsdp or hsdp (on one rank too), or drop it."
+            f"parallel.offload keeps FSDP's shards on the host, and parallel.strategy = {layout.strategy} "
+            "has none; use fsdp or hsdp (on one rank too), or drop it."
         )
     return Placement(layout, None)
 
