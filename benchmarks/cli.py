@@ -253,6 +253,65 @@ def _print_sampling(result: "SamplingCost") -> None:
 
 
 @app.command()
+def pipeline(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Schedules to run; all if none is named.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=2, max=16, help="Ranks that the pipeline lies on.")] = 4,
+    microbatches: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Microbatches of a step; 4 and 8 if none is named."),
+    ] = None,
+    milliseconds: Annotated[
+        float, typer.Option(min=1, help="Of a forward of one rank's share of the model.")
+    ] = 80.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of every schedule.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Pipeline schedules on real ranks whose work is a sleep: how long they wait, and what was predicted."""
+    from launch.ranks import joined_by_launcher, run_ranks
+    from parallel.pipeline.catalog import NAMES, make_schedule
+
+    microbatches, names = microbatches or [4, 8], only or list(NAMES)
+    if not joined_by_launcher():
+        from benchmarks.pipeline import WORDS
+
+        for number in microbatches:  # refused once, not by every rank
+            for name in names:
+                if name != "dualpipev":
+                    make_schedule(name, ranks, number, None, WORDS)
+        with tempfile.TemporaryDirectory() as logs:
+            sys.exit(run_ranks(sys.argv[1:], ranks, Path(logs)))
+    from benchmarks.pipeline import GAIN, gains, measure
+    from parallel.processes import start, stop
+
+    joined = start("cpu", 120.0)
+    try:
+        rows = measure(joined, names, microbatches, milliseconds / 1e3, rounds)
+    finally:
+        stop()
+    if not joined.is_first:
+        return
+    found = gains(rows)
+    if as_json:
+        sides = [asdict(row) | {"met": row.met} for row in rows]
+        typer.echo(json.dumps({"rows": sides, "gains": found}))
+        return
+    title = (
+        f"{ranks} ranks, {milliseconds:g} ms a forward of a rank's share, best of {rounds} steps"
+    )
+    table = Table("schedule", "microbatches", "step", "idle", "predicted", "", title=title)
+    for row in rows:
+        shares = f"{row.idle:.1%}", f"{row.predicted:.1%}", "met" if row.met else "missed"
+        table.add_row(row.name, str(row.microbatches), f"{row.seconds * 1e3:.0f} ms", *shares)
+    goal = Table("microbatches", "BitPipe over interleaved 1F1B", "goal", "")
+    for number, gain in found.items():
+        met = "met" if GAIN[0] <= gain <= GAIN[1] else "missed"
+        goal.add_row(str(number), f"{gain:.3f}x", f"{GAIN[0]} to {GAIN[1]}x", met)
+    Console().print(table, goal)
+
+
+@app.command()
 def wait(
     recipe: Annotated[
         str, typer.Argument(help="A recipe file, or the name of a shipped one.")

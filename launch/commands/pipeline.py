@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallel.pipeline.timeline import Timeline
 
 app = typer.Typer(help="Show pipeline schedules.", no_args_is_help=True)
-LARGEST = 2**13  # boxes for forwards: a picture of more shows nothing
+LARGEST = 2**12  # boxes for forwards: a picture of more shows nothing
 
 
 @app.callback()

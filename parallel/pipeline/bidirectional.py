@@ -9,12 +9,12 @@ With D ranks, N microbatches and backwards that cost two forwards, the share of 
 weight being held twice, on two ranks that must add their gradients.
 """
 
-import math
 from collections.abc import Iterable
+from itertools import product
 
 from parallel.pipeline.schedule import FREES, Action, Schedule, Work
 from parallel.pipeline.timeline import equal_costs, simulate
-from parallel.pipeline.weave import Places, weave
+from parallel.pipeline.weave import Places, Rule, weave
 
 Orders = tuple[tuple[Action, ...], ...]
 
@@ -55,20 +55,21 @@ def chimera(ranks: int, microbatches: int) -> Schedule:
 
 
 def in_flight(ranks: int) -> int:
-    """Microbatches of a replica that are on their way at a time: half as many again as in a unit.
+    """Microbatches of each replica that are on their way at a time, at most: two units.
 
-    So no rank holds the activations of more than twice this, 1.5 D, where a plain pipeline's first
-    rank holds D.
+    So no rank ever holds more than 2 D activations (of a microbatch in a rank's share of the model), and
+    D where there is one unit only.
     """
-    return math.ceil(0.75 * ranks)
+    return ranks
 
 
 def _shortest(places: Places, microbatches: int) -> Orders:
-    """The better of two orders: with forwards before backwards within a unit, and the other way round."""
+    """Of the orders by all rules the shortest; of such, the one with the smallest peak of activations."""
 
-    def makespan(order: Orders) -> float:
+    def costs(order: Orders) -> tuple[float, float]:
         schedule = Schedule("", microbatches, places, order)
-        return simulate(schedule, equal_costs(schedule.stages, weight=BACKWARD - 1.0)).makespan
+        line = simulate(schedule, equal_costs(schedule.stages, weight=BACKWARD - 1.0))
+        return line.makespan, max(line.peak_activations)
 
     ranks = max(places[0]) + 1
     orders = [
@@ -78,11 +79,11 @@ def _shortest(places: Places, microbatches: int) -> Orders:
             unit=ranks // 2,
             in_flight=in_flight(ranks),
             backward=BACKWARD,
-            forwards_first=forwards_first,
+            rule=Rule(*rule),
         )
-        for forwards_first in (False, True)
+        for rule in product((False, True), repeat=3)
     ]
-    return min(orders, key=makespan)
+    return min(orders, key=costs)
 
 
 def _mirrored(places: Iterable[int], ranks: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._utils import TensorMeta
 from torch.distributed.pipelining.schedules import (
     _Action,
     _add_unshard_reshard,
@@ -56,6 +57,23 @@ class Stage(PipelineStage):
     @property
     def is_last(self) -> bool:
         return self._last
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        return _contiguous(super().forward_maybe_with_nosync(*args, **kwargs))
+
+    def _compute_outputs(self, *args: Any, module: nn.Module, **kwargs: Any) -> Any:
+        return _contiguous(super()._compute_outputs(*args, module=module, **kwargs))
+
+    def _compute_input_grads(self, *args: Any, **kwargs: Any) -> Any:
+        return _contiguous(super()._compute_input_grads(*args, **kwargs))
+
+    def _to_tensor(self, arg: Any) -> Any:
+        """A trial input or target; a target may be any record."""
+        return super()._to_tensor(arg) if isinstance(arg, Tensor | TensorMeta) else arg
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.bwd_cache[bwd_chunk_id] = _contiguous(self.bwd_cache[bwd_chunk_id])
 
     def _post_metadata_inference_cleanup(self) -> None:
         """After the trial backward by which shapes are found."""
@@ -149,6 +167,13 @@ class Runtime(_PipelineScheduleRuntime):
 
     def _update_losses(self, stages: Any, losses: Any) -> None:
         """They are kept by microbatch; see `run`."""
+
+
+def _contiguous(results: Any) -> Any:
+    """One tensor or several, some of them None, as they must lie to be sent."""
+    if isinstance(results, tuple | list):
+        return tuple(_contiguous(result) for result in results)
+    return results.contiguous() if isinstance(results, Tensor) else results
 
 
 def index_of(schedule: Schedule, held: Held) -> int:

@@ -1,7 +1,7 @@
 """Replicas of a pipeline woven into one order: every rank does what can start first.
 
-Among what can start at the same time a rank prefers the earlier unit of microbatches; in it, forwards
-or backwards, as asked; of these what has come furthest on its way, then the earlier microbatch.
+Among what can start at the same time a rank prefers the earlier unit of microbatches, and in it what its
+rule says, then the earlier microbatch.
 """
 
 from collections import defaultdict
@@ -10,6 +10,15 @@ from dataclasses import dataclass, field
 from parallel.pipeline.schedule import Action, Result, Work, gives, needs
 
 Places = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What goes first within a unit: forwards or backwards; of either, what is deep in the model or not."""
+
+    forwards: bool
+    deep_forwards: bool
+    deep_backwards: bool
 
 
 @dataclass
@@ -32,7 +41,7 @@ def weave(
     unit: int,
     in_flight: int,
     backward: float,
-    forwards_first: bool,
+    rule: Rule,
 ) -> tuple[tuple[Action, ...], ...]:
     """The actions of all ranks, for stages of equal cost.
 
@@ -59,9 +68,10 @@ def weave(
         if forward and not action.stage and flying[action.direction] == in_flight:
             return None
         number = action.microbatch % share
-        to_go = stages - action.stage if forward else action.stage
-        start, second = max(rank.free, rank.ready[action]), forward != forwards_first
-        return start, number // unit, second, to_go, number, action.direction
+        deep = rule.deep_forwards if forward else rule.deep_backwards
+        place = -action.stage if deep else action.stage
+        start, second = max(rank.free, rank.ready[action]), forward != rule.forwards
+        return start, number // unit, second, place, number, action.direction
 
     for _ in range(len(missing)):
         options = [

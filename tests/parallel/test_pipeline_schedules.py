@@ -96,8 +96,8 @@ def test_bubble_of_chimera(d: int) -> None:
 
 def test_bubble_of_bitpipe() -> None:
     assert bubble("bitpipe", 4, 4) == pytest.approx(1 / 7, abs=1e-12)
-    for d in (2, 6):
-        assert bubble("bitpipe", d, d) == pytest.approx((d - 2) / (3 * d + d - 2), abs=1e-12)
+    for d, n in ((2, 2), (6, 6), (4, 8)):
+        assert bubble("bitpipe", d, n) == pytest.approx((d - 2) / (3 * n + d - 2), abs=1e-12)
     for d in (8, 16):
         assert bubble("bitpipe", d, d) <= (d - 2) / (3 * d + d - 2) + 0.02
     # Over several units too it waits less than interleaved 1F1B.
