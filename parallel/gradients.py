@@ -42,6 +42,21 @@ def clip_gradients(parameters: Iterable[Tensor | Slice], max_norm: float | None)
     return norm
 
 
+@torch.no_grad()
+def sum_partial(parameters: Iterable[Tensor], group: ProcessGroup) -> None:
+    """Sum the gradients of whole parameters that ranks of `group` applied to parts of the work, in place.
+
+    One message for all of them; they are to have gradients on all ranks or on none.
+    """
+    pieces = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if not pieces:
+        return
+    line = torch.cat([piece.flatten() for piece in pieces])
+    dist.all_reduce(line, group=group)
+    sums = line.split([piece.numel() for piece in pieces])
+    torch._foreach_copy_(pieces, [s.view_as(piece) for s, piece in zip(sums, pieces, strict=True)])
+
+
 def _norm(cut: dict[Groups, list[Tensor]]) -> Tensor:
     if not cut:
         return torch.zeros(())

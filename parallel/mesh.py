@@ -32,6 +32,7 @@ class Layout:
 
     strategy: how the model lies over the data axes, `Strategy` or another engine's word for it
     context: how ranks along `cp` attend to each other's tokens
+    sequence: between matrix products, ranks along `tp` have parts of the tokens, too
     """
 
     strategy: str
@@ -41,6 +42,7 @@ class Layout:
     cp: int
     tp: int
     context: Context = "ulysses"
+    sequence: bool = False
 
     @property
     def world_size(self) -> int:
@@ -61,6 +63,7 @@ def resolve_layout(
     tp: int = 1,
     cp: int = 1,
     context: Context = "ulysses",
+    sequence: bool = False,
 ) -> Layout:
     """Fill in what was left to be inferred, and check the whole; needs no process group.
 
@@ -85,7 +88,16 @@ def resolve_layout(
         replicate, shard = _hybrid(replicate, shard, ranks, cp)
     else:
         replicate, shard = _single_axis(chosen, replicate, shard, ranks)
-    return Layout(chosen, pp=1, replicate=replicate, shard=shard, cp=cp, tp=tp, context=context)
+    return Layout(
+        chosen,
+        pp=1,
+        replicate=replicate,
+        shard=shard,
+        cp=cp,
+        tp=tp,
+        context=context,
+        sequence=sequence,
+    )
 
 
 def _data_ranks(world_size: int, tp: int, cp: int) -> int:

@@ -1,6 +1,7 @@
 """From a model on the meta device to one that lies over the ranks, in the order that matters."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -15,8 +16,9 @@ from parallel.context import cut_sequences
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
-from parallel.pieces import Cut, Slice
+from parallel.pieces import Cut, Slice, whole_tensor
 from parallel.precision import Precision, gather_policy
+from parallel.tensor import Divided, divide
 
 
 class FlowModel(Initialisable, Protocol):
@@ -41,12 +43,16 @@ class ParallelModel:
     trained: what a training step calls, which keeps gradients the same on all ranks
     parameters: single-device name -> parameter, a DTensor where it is cut over data ranks
     cuts: single-device name -> how it is cut besides, for those parameters that are
+    partial: names of parameters whose gradients are to be summed over `tp`
+    single: the model as one device has it, on the meta device; None where `bare` can be held whole
     """
 
     bare: nn.Module
     trained: nn.Module
     parameters: dict[str, nn.Parameter]
     cuts: dict[str, Cut]
+    partial: tuple[str, ...] = ()
+    single: nn.Module | None = None
 
     def placed(self, name: str, tensor: Tensor) -> Tensor | Slice:
         """A tensor that lies over the ranks as parameter `name` does."""
@@ -56,6 +62,17 @@ class ParallelModel:
     def held(self) -> dict[str, Tensor | Slice]:
         """The parameters, as parts of whole ones."""
         return {name: self.placed(name, value) for name, value in self.parameters.items()}
+
+    def copy(self, device: torch.device) -> nn.Module:
+        """The model as one device has it, with the weights of now; a collective."""
+        assert self.single is not None
+        copy = deepcopy(self.single).to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in copy.named_parameters():
+                parameter.copy_(whole_tensor(self.placed(name, self.parameters[name])))
+            for own, buffer in zip(copy.buffers(), self.bare.buffers(), strict=True):
+                own.copy_(buffer)
+        return copy
 
 
 def parallelize(
@@ -73,6 +90,7 @@ def parallelize(
 ) -> ParallelModel:
     """Lay `model` (a FlowModel on the meta device) over `mesh`; it is changed in place.
 
+    The work on a sample is divided first, so that all that follows sees the model that a rank has.
     Recomputing goes inside compiling, so that the compiler sees both; both go inside the gather of
     a block, so that its weights are there for either; and weights are drawn when everyone knows
     what they hold.
@@ -80,8 +98,11 @@ def parallelize(
     described = cast(FlowModel, model)
     rules = rules_of(described)
     names = [name for name, _ in model.named_parameters()]
-    cuts: dict[str, Cut] = {}
+    single = deepcopy(model) if layout.tp * layout.cp > 1 else None
 
+    divided = Divided({}, ())
+    if layout.tp > 1:
+        divided = divide(model, mesh.get_group("tp"), layout)
     if layout.cp > 1:
         cut_sequences(model, described.regions(), mesh.get_group("cp"), layout.context)
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
@@ -100,7 +121,7 @@ def parallelize(
     _materialise(model, device, torch.device("cpu") if offload else device)
     # Wrapping adds prefixes to names but keeps the order of parameters.
     parameters = dict(zip(names, model.parameters(), strict=True))
-    laid_out = ParallelModel(model, model, parameters, cuts)
+    laid_out = ParallelModel(model, model, parameters, divided.cuts, divided.partial, single)
     fill_parameters(laid_out.held, rules, seed)
     described.reset_buffers()
     if layout.strategy == "ddp":

@@ -28,6 +28,7 @@ from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.context import check_context
 from parallel.mesh import Layout
+from parallel.tensor import check_division
 from trainer.asked import text_member
 from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
@@ -98,6 +99,8 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_architecture(recipe)
     with torch.device("meta"):
         network = model.build()
+    if layout.tp > 1:
+        check_division(network, layout)
     if layout.cp > 1:
         check_context(network, layout.cp, layout.context, layout.tp)
     build_objective(recipe)

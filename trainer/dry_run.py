@@ -11,6 +11,7 @@ from data_pipeline.faults import Tolerance
 from data_pipeline.samples import Samples
 from flows.errors import UserError
 from flows.models.family import parameter_count
+from parallel.tensor import count_shared
 from trainer.assembly import Plan, plan
 from trainer.checkpoints.store import list_checkpoints, none_whole
 from trainer.recipe import Recipe
@@ -45,7 +46,8 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
     changed = check_resume(run, recipe)
     with torch.device("meta"):
         parameters = parameter_count(made.model.build())
-    state = made.placement.state_bytes(parameters, len(recipe.train.ema))
+        share = count_shared(made.model.build(), made.layout.tp)
+    state = made.placement.state_bytes(share, len(recipe.train.ema))
     checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
     free = _free_disk(run.root)
     count = recipe.checkpoint.keep + 1

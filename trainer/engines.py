@@ -76,6 +76,7 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         tp=section.tp,
         cp=section.cp,
         context=section.context,
+        sequence=section.sequence,
     )
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(

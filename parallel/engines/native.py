@@ -30,7 +30,7 @@ from parallel.engines.engine import (
     require_fused,
 )
 from parallel.fsdp import held_whole, release_gathered
-from parallel.gradients import clip_gradients
+from parallel.gradients import clip_gradients, sum_partial
 from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
 from parallel.parallelize import ParallelModel, parallelize
 from parallel.pieces import Slice
@@ -56,7 +56,7 @@ class NativeEngine:
         clock: Clock,
     ) -> None:
         """data_groups: the axes along which ranks read different samples, the outermost first
-        peer_groups: the axes along which they share samples
+        peer_groups: the axes along which they share samples, `tp` the last
         compiled, reshard_after_forward: as the model was made
         optimizer: is given canonical names and parameters; it must make a fused optimizer, whose
             kernels leave everything as it is when they are told to skip
@@ -91,7 +91,7 @@ class NativeEngine:
         def backward(loss: Tensor) -> None:
             (loss * (self.data_size / global_batch)).backward()
 
-        return over_microbatches(
+        result = over_microbatches(
             microbatches,
             objective,
             seed,
@@ -101,6 +101,8 @@ class NativeEngine:
             forward=self._forward,
             backward=backward,
         )
+        self._sum_partial()
+        return result
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"):
@@ -131,6 +133,9 @@ class NativeEngine:
 
     @torch.no_grad()
     def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
+        if whole and self._model.single is not None:
+            with computing(self._precision, self.device):
+                return function(self._model.copy(self.device).eval())
         model = self._model.bare
         held = held_whole(model, self._reshard_after_forward) if whole else nullcontext()
         model.eval()
@@ -141,6 +146,12 @@ class NativeEngine:
             model.train()
             # Without a backward nobody drops them, and the caller may write other weights next.
             release_gathered(model)
+
+    def _sum_partial(self) -> None:
+        """Gradients that are those of a part of the work become those of all of it."""
+        if self._model.partial:
+            partial = [self._model.parameters[name] for name in self._model.partial]
+            sum_partial(partial, self._peer_groups[-1])
 
     def _forward(self, inputs: dict[str, Tensor]) -> Any:
         with computing(self._precision, self.device):

@@ -11,7 +11,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dit": {"model": {"patch": 4, "width": 32, "depth": 2, "heads": 2}},
     "lightningdit": {
         "model": {
-            "patch": 4, "width": 32, "depth": 2, "heads": 2, "qk_norm": True, "norm": "rms",
+            "patch": 4, "width": 48, "depth": 2, "heads": 2, "qk_norm": True, "norm": "rms",
             "rope": True, "feedforward": "swiglu", "wo_shift": True,
         },
     },
@@ -63,7 +63,7 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def recipe(name: str, folder: Path) -> Recipe:
+def recipe(name: str, folder: Path, parallel: dict[str, Any] | None = None) -> Recipe:
     """The recipe that trains `TINY[name]` in `folder`, and draws samples at its end."""
     own = TINY[name]
     data: dict[str, Any] = {
@@ -77,6 +77,7 @@ def recipe(name: str, folder: Path) -> Recipe:
         "objective": own.get("objective", {}),
         "optimizer": {"lr": 1e-3, "warmup": 5},
         "train": {"steps": STEPS, "batch": BATCH, "ema": [0.5]},
+        "parallel": parallel or {},
         "checkpoint": {"every": STEPS},
         "sample": {"every": STEPS, "count": 6} | own.get("sample", {}),
         "tracking": {"mlflow": False},

@@ -1,7 +1,10 @@
-"""The layout law for every model family: two or four shards train, and sample, what one rank does."""
+"""The layout law for every model family: any layout trains, and samples, what one rank does."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,30 +22,44 @@ pytestmark = pytest.mark.timeout(600)
 EXACT = 1e-5
 
 
-def train_all(ranks: Ranks, folder: str) -> int:
+# Name -> ranks, changes of the recipe, and what checkpoints say of the layout.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "one": (1, {}, "1 rank"),
+    "fsdp 2": (2, {}, "shard=2"),
+    "fsdp 4": (4, {}, "shard=4"),
+    "tp 2": (2, {"tp": 2}, "2 ranks, slices 2"),
+}
+OTHERS = [name for name in LAYOUTS if name != "one"]
+
+
+def train_all(ranks: Ranks, folder: str, changes: dict[str, Any]) -> int:
     """Every family in turn, in one process group; how many were trained."""
     for name in families.TINY:
         place = Path(folder, name)
-        made = plan(families.recipe(name, place), ranks.world_size)
+        made = plan(families.recipe(name, place, parallel=changes), ranks.world_size)
         with ExitStack() as stack:
             assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
     return len(families.TINY)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[int, Path]:
-    """Ranks -> the folder of all families' runs."""
-    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2, 4)}
-    for ranks, folder in folders.items():
-        run_ranks(train_all, ranks, timeout=280.0, folder=str(folder))
-    return folders
+def trained(tmp_path_factory) -> Callable[[str], Path]:
+    """Layout -> the folder of all families' runs."""
+
+    @cache
+    def folder(layout: str) -> Path:
+        made, (ranks, changes, _) = tmp_path_factory.mktemp("runs"), LAYOUTS[layout]
+        run_ranks(train_all, ranks, timeout=280.0, folder=str(made), changes=changes)
+        return made
+
+    return folder
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("name", families.TINY)
-def test_shards_train_what_one_rank_trains(trained, name, ranks):
-    folder, one = trained[ranks] / name, trained[1] / name
-    assert f"shard={ranks}" in runs.manifests(folder)[families.STEPS].layout
+def test_every_layout_trains_what_one_rank_trains(trained, name, layout):
+    folder, one = trained(layout) / name, trained("one") / name
+    assert LAYOUTS[layout][2] in runs.manifests(folder)[families.STEPS].layout
     errors = {}
     for key in ("loss", "grad_norm"):
         ours, theirs = runs.series(folder, key), runs.series(one, key)
@@ -61,12 +78,12 @@ def expert_loads(folder: Path) -> list[dict[str, list[float]]]:
     return [line["experts"]["load_by_time"] for line in runs.lines(folder)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("name", families.TINY)
-def test_shards_draw_what_one_rank_draws(trained, name, ranks):
+def test_every_layout_draws_what_one_rank_draws(trained, name, layout):
     shown = []
-    for count in (1, ranks):
-        picture = trained[count] / name / "samples" / f"step-{families.STEPS:08d}.npz"
+    for kind in ("one", layout):
+        picture = trained(kind) / name / "samples" / f"step-{families.STEPS:08d}.npz"
         with np.load(picture) as file:
             shown.append(torch.from_numpy(file["images"].astype(np.int64)))
     # Pictures are rounded to whole levels, so that one may fall on the other side.
