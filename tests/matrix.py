@@ -1,0 +1,166 @@
+"""`make matrix`: every family under every layout against one rank, as the tables of `docs/layouts.md`.
+
+Each run is a recipe of `tests.trainer.families` trained by the trainer's own loop on real ranks. The suite
+holds single cells; this prints all of them, and fails if one is past its gate.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from flows.errors import UserError
+from parallel.processes import Ranks
+from tests.distributed.harness import run_ranks
+from tests.trainer import families, runs
+from trainer.assembly import plan
+from trainer.recipe import override_recipe
+from trainer.run_folder import RunFolder
+from trainer.running import train_rank
+
+PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
+BEGIN, END = "<!-- begin: make matrix -->", "<!-- end: make matrix -->"
+
+FAMILIES = {
+    "SiT": "dit",
+    "MMDiT": "mmdit",
+    "TarFlow": "tarflow",
+    "STARFlow": "starflow",
+    "Jet": "jet",
+    "DiT-MoE": "dit_moe",
+}
+DDP, TP, CP = "parallel.strategy=ddp", "parallel.tp=2", "parallel.cp=2"
+RING, ZERO = "parallel.context=ring", "parallel.engine=deepspeed"
+# Layout -> ranks, and what it changes in a recipe.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "DDP 2": (2, [DDP]),
+    "FSDP2 2": (2, ["parallel.strategy=fsdp"]),
+    "FSDP2 4": (4, ["parallel.strategy=fsdp"]),
+    "HSDP 2x2": (4, ["parallel.strategy=hsdp"]),
+    "TP 2": (2, [TP, "parallel.strategy=none"]),
+    "TP+SP 2": (2, [TP, "parallel.strategy=none", "parallel.sequence=true"]),
+    "CP-Ulysses 2": (2, [CP, DDP]),
+    "CP-ring 2": (2, [CP, DDP, RING]),
+    "TP 2 x FSDP2 2": (4, [TP, "parallel.strategy=fsdp"]),
+    "CP 2 x FSDP2 2": (4, [CP, "parallel.strategy=fsdp"]),
+    "TP 2 x CP 2": (4, [TP, CP, DDP]),
+    "ZeRO-1 2": (2, [ZERO, "parallel.deepspeed.stage=1"]),
+    "ZeRO-2 2": (2, [ZERO, "parallel.deepspeed.stage=2"]),
+    "ZeRO-3 2": (2, [ZERO, "parallel.deepspeed.stage=3"]),
+    "Accelerate DDP 2": (2, ["parallel.engine=accelerate", DDP]),
+    "Accelerate FSDP2 2": (2, ["parallel.engine=accelerate", "parallel.strategy=fsdp"]),
+}
+GATE, NORM_GATE = 1e-5, 1e-6
+MEASURES = ("loss", "gradient norm", "weights", "averages")
+
+# What one cell holds: a number for each of `MEASURES`, or why there is none.
+Cell = dict[str, float] | str
+
+
+def train_families(
+    ranks: Ranks, folder: str, changes: Sequence[str], names: Sequence[str]
+) -> dict[str, str]:
+    """Train each family in turn, in one process group; the sentences of those that are refused."""
+    refused = {}
+    for name in names:
+        place = Path(folder, name)
+        recipe = override_recipe(families.recipe(name, place), ["sample.every=0", *changes])
+        try:
+            made = plan(recipe, ranks.world_size)
+        except UserError as error:
+            refused[name] = str(error)
+            continue
+        with ExitStack() as stack:
+            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+    return refused
+
+
+def measure(folder: Path, reference: Path) -> dict[str, float]:
+    """Relative differences of two runs: of series by their largest, of weights by their L2 norm."""
+    found = {}
+    for measure, key in zip(MEASURES[:2], ("loss", "grad_norm"), strict=True):
+        ours, theirs = runs.series(folder, key), runs.series(reference, key)
+        # Likelihoods pass through zero, where nothing is relative to them.
+        found[measure] = float((ours - theirs).abs().max() / theirs.abs().mean())
+    ours, theirs = runs.tensors(folder), runs.tensors(reference)
+    for measure, part in zip(MEASURES[2:], ("model.", "ema."), strict=True):
+        found[measure] = runs.distance(ours, theirs, part)
+    return found
+
+
+def passes(cell: Cell) -> bool:
+    """A refusal is none of the numbers' business."""
+    if isinstance(cell, str):
+        return True
+    return max(cell.values()) <= GATE and cell["gradient norm"] <= NORM_GATE
+
+
+def matrix(layouts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Cell]]:
+    """Layout -> family -> cell."""
+    found: dict[str, dict[str, Cell]] = {}
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+        keys = [FAMILIES[name] for name in names]
+        one = Path(folder, "1 rank")
+        run_ranks(train_families, 1, timeout=600.0, folder=str(one), changes=[], names=keys)
+        for layout in layouts:
+            ranks, changes = LAYOUTS[layout]
+            place = Path(folder, layout)
+            print(f"{layout} ...", file=sys.stderr, flush=True)
+            refused = run_ranks(
+                train_families, ranks, timeout=600.0, folder=str(place), changes=changes, names=keys
+            )[0]
+            found[layout] = {
+                name: refused.get(key) or measure(place / key, one / key)
+                for name, key in zip(names, keys, strict=True)
+            }
+    return found
+
+
+def page(found: dict[str, dict[str, Cell]], names: Sequence[str]) -> str:
+    """The tables: the largest number of each cell, then all of them, then the refusals."""
+    layouts = list(found)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {layout} | " + " | ".join(_largest(found[layout][name]) for name in names) + " |"
+        for layout in layouts
+    ]
+    for name in names:
+        lines += ["", f"### {name}", "", "| | " + " | ".join(MEASURES) + " |", "|---" * 5 + "|"]
+        for layout in layouts:
+            cell = found[layout][name]
+            if not isinstance(cell, str):
+                numbers = " | ".join(f"{cell[measure]:.1e}" for measure in MEASURES)
+                lines.append(f"| {layout} | {numbers} |")
+        lines += [
+            f"\n{layout} is refused: {cell}"
+            for layout in layouts
+            if isinstance(cell := found[layout][name], str)
+        ]
+    return "\n".join(lines)
+
+
+def _largest(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return "refused"
+    return f"{max(cell.values()):.1e}" + ("" if passes(cell) else " **past its gate**")
+
+
+def write(text: str) -> None:
+    """Put the tables between their marks in the page."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    names = list(FAMILIES)
+    found = matrix(list(LAYOUTS), names)
+    text = page(found, names)
+    print(text)
+    write(text)
+    return 0 if all(passes(cell) for row in found.values() for cell in row.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
