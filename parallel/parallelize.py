@@ -88,15 +88,50 @@ def parallelize(
     reshard_after_forward: bool,
     offload: bool,
 ) -> ParallelModel:
-    """Lay `model` (a FlowModel on the meta device) over `mesh`; it is changed in place.
+    """Lay `model` (a FlowModel on the meta device) over `mesh` and draw its weights; changed in place.
 
-    The work on a sample is divided first, so that all that follows sees the model that a rank has.
-    Recomputing goes inside compiling, so that the compiler sees both; both go inside the gather of
-    a block, so that its weights are there for either; and weights are drawn when everyone knows
-    what they hold.
+    Weights are drawn when everyone knows what they hold.
     """
     described = cast(FlowModel, model)
     rules = rules_of(described)
+    laid_out = lay_out(
+        model,
+        mesh,
+        layout,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        reshard_after_forward=reshard_after_forward,
+        offload=offload,
+    )
+    _materialise(model, device, torch.device("cpu") if offload else device)
+    parameters = dict(zip(laid_out.parameters, model.parameters(), strict=True))
+    laid_out = replace(laid_out, parameters=parameters)
+    fill_parameters(laid_out.held, rules, seed)
+    described.reset_buffers()
+    if layout.strategy == "ddp":
+        return replace(laid_out, trained=replicate_model(model, averaging_mesh(mesh, layout)))
+    return laid_out
+
+
+def lay_out(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    layout: Layout,
+    *,
+    precision: Precision,
+    checkpoint_activations: Recompute,
+    compile: bool,
+    reshard_after_forward: bool,
+    offload: bool,
+) -> ParallelModel:
+    """What each rank will hold of `model`, still on the meta device.
+
+    The work on a sample is divided first, so that all that follows sees the model that a rank has.
+    Recomputing goes inside compiling, so that the compiler sees both; both go inside the gather of
+    a block, so that its weights are there for either.
+    """
+    described = cast(FlowModel, model)
     names = [name for name, _ in model.named_parameters()]
     single = deepcopy(model) if layout.tp * layout.cp > 1 else None
 
@@ -118,15 +153,9 @@ def parallelize(
             reshard_after_forward=reshard_after_forward,
             offload=offload,
         )
-    _materialise(model, device, torch.device("cpu") if offload else device)
     # Wrapping adds prefixes to names but keeps the order of parameters.
     parameters = dict(zip(names, model.parameters(), strict=True))
-    laid_out = ParallelModel(model, model, parameters, divided.cuts, divided.partial, single)
-    fill_parameters(laid_out.held, rules, seed)
-    described.reset_buffers()
-    if layout.strategy == "ddp":
-        return replace(laid_out, trained=replicate_model(model, averaging_mesh(mesh, layout)))
-    return laid_out
+    return ParallelModel(model, model, parameters, divided.cuts, divided.partial, single)
 
 
 def _materialise(model: nn.Module, device: torch.device, home: torch.device) -> None:
