@@ -63,9 +63,14 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def recipe(name: str, folder: Path, parallel: dict[str, Any] | None = None) -> Recipe:
-    """The recipe that trains `TINY[name]` in `folder`, and draws samples at its end."""
-    own = TINY[name]
+def recipe(
+    name: str,
+    folder: Path,
+    parallel: dict[str, Any] | None = None,
+    own: dict[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that trains `own`, or `TINY[name]`, in `folder`, and draws samples at its end."""
+    own = TINY[name] if own is None else own
     data: dict[str, Any] = {
         "name": name,
         "run": {"dir": str(folder)},

@@ -41,6 +41,7 @@ CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 TWO = {
     "ddp x2": lambda: scenario.build(resolve_layout("ddp", None, None, 2)),
     "fsdp x2": lambda: scenario.build(resolve_layout("fsdp", None, None, 2)),
+    "tp x2": lambda: scenario.build(resolve_layout(None, None, None, 2, tp=2)),
     "zero-1 x2": lambda: scenario.build_zero(1),
     "zero-2 x2": lambda: scenario.build_zero(2),
     "zero-3 x2": lambda: scenario.build_zero(3, json=CUT),
@@ -53,7 +54,8 @@ FAST = {
     ("fsdp x2", "zero-1 x2"),
     ("zero-1 x2", "accelerate fsdp x2"),
     ("accelerate fsdp x2", "zero-2 x2"),
-    ("zero-2 x2", "ddp x2"),
+    ("zero-2 x2", "tp x2"),
+    ("tp x2", "ddp x2"),
 }
 
 
@@ -204,6 +206,7 @@ def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
     assert layouts["1"] == "1 rank"
     assert layouts["ddp x2"] == "2 ranks"
     assert layouts["fsdp x2"].startswith("2 ranks, mesh ")
+    assert layouts["tp x2"] == "2 ranks, slices 2"
     assert layouts["accelerate fsdp x2"].startswith("2 ranks, mesh ")
     assert all(layouts[f"zero-{stage} x2"] == "2 ranks, cut flat" for stage in (1, 2, 3))
     entries = {name: manifest.tensors for name, manifest in written.items()}
@@ -211,6 +214,7 @@ def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
     moment = "optimizer.blocks.1.attention.qkv.weight.exp_avg"
     boxes = {name: len(entries[name][moment].chunks) for name in written}
     assert boxes["1"] == boxes["ddp x2"] == 1
+    assert boxes["tp x2"] == 6  # two shares each of queries, keys and values
     assert boxes["zero-3 x2"] == boxes["fsdp x2"] == 2
 
 
