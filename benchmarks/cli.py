@@ -312,6 +312,32 @@ def pipeline(
 
 
 @app.command()
+def experts(
+    count: Annotated[list[int], typer.Option(min=2, help="Numbers of experts.")] = [8, 16, 64],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of either way.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """A mixture of experts against a loop over its experts: forward and backward, one thread of a CPU."""
+    import torch
+
+    from benchmarks.experts import CHOSEN, SIZES, measure
+
+    torch.set_num_threads(1)
+    found = [measure(size, experts, rounds) for size in SIZES for experts in count]
+    if as_json:
+        rows = [asdict(one) | {"ratio": one.ratio, "bound": one.bound} for one in found]
+        typer.echo(json.dumps(rows))
+        return
+    columns = ("layer of", "experts", "tokens/s", "loop's", "ratio", "products alone", "apart")
+    table = Table(*columns, title=f"{CHOSEN} experts a token, one thread, median of {rounds}")
+    for one in found:
+        speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.mixture, one.loop))
+        ratios = f"{one.ratio:.2f}x", f"{one.bound:.2f}x", f"{one.difference:.1e}"
+        table.add_row(one.size, str(one.experts), *speeds, *ratios)
+    Console().print(table)
+
+
+@app.command()
 def wait(
     recipe: Annotated[
         str, typer.Argument(help="A recipe file, or the name of a shipped one.")
