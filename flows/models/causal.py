@@ -255,7 +255,11 @@ class CausalLayer(nn.Module):
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
     """`linear(x)`, (..., inputs) -> (..., outputs); while sampling, in whatever form is fastest."""
     # A layer of which there is more to know than its weights is called.
-    if not torch.is_inference_mode_enabled() or type(linear) not in (nn.Linear, QueryKeyValue):
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_inference_mode_enabled()
+        or type(linear) not in (nn.Linear, QueryKeyValue)
+    ):
         result: Tensor = linear(x)
         return result
     rows, bias = x.shape[:-1], cast(Tensor | None, linear.bias)
