@@ -128,12 +128,12 @@ def see_all(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     key, value: (batch, kv_heads, tokens, head width), each head shared by heads / kv_heads queries
     mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
     """
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # a compiler may have a symbol instead
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
 def see_before(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """As `see_all`, of query i over the keys 0 ... i; no key is masked."""
     assert mask is None, "a causal chain has no masked keys"
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # a compiler may have a symbol instead
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
