@@ -3,7 +3,7 @@
 Those that a compiler may meet are operators of their own, which it need not look into.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,19 @@ def send_on(tensor: Tensor, group: ProcessGroup) -> Travelling:
 def send_to_each(parts: Tensor, group: ProcessGroup) -> Tensor:
     """parts (ranks, ...), one for each rank -> (ranks, ...), one from each rank; differentiable."""
     received: Tensor = _send_to_each(parts.contiguous(), group.group_name)
+    return received
+
+
+def send_rows(
+    rows: Tensor, sending: Sequence[int], receiving: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    """Rows (sum of `sending`, ...) for each rank in turn -> (sum of `receiving`, ...); differentiable.
+
+    sending, receiving: how many go to each rank, and come from it
+    """
+    received: Tensor = _send_rows(
+        rows.contiguous(), list(sending), list(receiving), group.group_name
+    )
     return received
 
 
@@ -87,6 +100,33 @@ def _send_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 
 
 _send_to_each.register_autograd(_send_back, setup_context=_remember_group)
+
+
+@torch.library.custom_op("flowmill::send_rows", mutates_args=())
+def _send_rows(rows: Tensor, sending: list[int], receiving: list[int], group_name: str) -> Tensor:
+    received = rows.new_empty(sum(receiving), *rows.shape[1:])
+    dist.all_to_all_single(received, rows, receiving, sending, group=named_group(group_name))
+    return received
+
+
+@_send_rows.register_fake
+def _(rows: Tensor, _sending: list[int], receiving: list[int], _group_name: str) -> Tensor:
+    return rows.new_empty(sum(receiving), *rows.shape[1:])
+
+
+def _remember_sizes(
+    ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], **_output: Tensor
+) -> None:
+    _, ctx.sending, ctx.receiving, ctx.group_name = inputs
+
+
+def _rows_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    gradient = gradient.contiguous()
+    back: Tensor = _send_rows(gradient, ctx.receiving, ctx.sending, ctx.group_name)
+    return back, None, None, None
+
+
+_send_rows.register_autograd(_rows_back, setup_context=_remember_sizes)
 
 
 @torch.library.custom_op("flowmill::gather", mutates_args=())

@@ -29,21 +29,27 @@ def shard_model(
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool,
     offload: bool,
+    apart: Sequence[nn.Module] = (),
+    apart_mesh: DeviceMesh | None = None,
 ) -> None:
     """Cut each block, then the rest of the model, in place; parameters become DTensors.
 
     mesh: one axis, along which parameters are cut, or two: along the first lie copies (HSDP)
+    apart, apart_mesh: modules within blocks that are cut over other ranks
     offload: shards lie on the host and are copied to the device as they are gathered; gradients go back
     """
     quiet()
     # Pinned memory is for copies to a device that do not wait.
     where = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
 
-    def cut(module: nn.Module, reshard: bool) -> None:
+    def cut(module: nn.Module, reshard: bool, over: DeviceMesh = mesh) -> None:
         fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=where
+            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, offload_policy=where
         )
 
+    for module in apart:
+        assert apart_mesh is not None
+        cut(module, reshard_after_forward, apart_mesh)
     for block in blocks:
         cut(block, reshard_after_forward)
     # The backward begins with the rest, so dropping it after the forward would be for nothing.

@@ -33,6 +33,7 @@ class Layout:
     strategy: how the model lies over the data axes, `Strategy` or another engine's word for it
     context: how ranks along `cp` attend to each other's tokens
     sequence: between matrix products, ranks along `tp` have parts of the tokens, too
+    ep: ranks that experts are divided over, of the `shard` x `cp` ranks of a copy of the model
     """
 
     strategy: str
@@ -43,6 +44,7 @@ class Layout:
     tp: int
     context: Context = "ulysses"
     sequence: bool = False
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -64,6 +66,7 @@ def resolve_layout(
     cp: int = 1,
     context: Context = "ulysses",
     sequence: bool = False,
+    ep: int = 1,
 ) -> Layout:
     """Fill in what was left to be inferred, and check the whole; needs no process group.
 
@@ -88,6 +91,7 @@ def resolve_layout(
         replicate, shard = _hybrid(replicate, shard, ranks, cp)
     else:
         replicate, shard = _single_axis(chosen, replicate, shard, ranks)
+    _check_ep(chosen, shard * cp, ep)
     return Layout(
         chosen,
         pp=1,
@@ -97,7 +101,25 @@ def resolve_layout(
         tp=tp,
         context=context,
         sequence=sequence,
+        ep=ep,
     )
+
+
+def _check_ep(strategy: str, ranks: int, ep: int) -> None:
+    """ranks: that one copy of the model is cut over"""
+    if ep == 1:
+        return
+    if strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"parallel.ep = {ep} divides experts over the ranks that weights are cut over, and "
+            f"parallel.strategy = {strategy} cuts none; use fsdp or hsdp."
+        )
+    if ranks % ep:
+        fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(
+            f"parallel.ep = {ep} does not divide the {_ranks(ranks)} that one copy of the model is cut over "
+            f"(parallel.shard x parallel.cp); it may be {fits}."
+        )
 
 
 def _data_ranks(world_size: int, tp: int, cp: int) -> int:

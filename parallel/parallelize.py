@@ -13,6 +13,7 @@ from flows.initialise import Initialisable, rules_of
 from flows.models.division import Region
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.context import cut_sequences
+from parallel.expert import NOTHING, scatter_experts
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
@@ -133,13 +134,14 @@ def lay_out(
     """
     described = cast(FlowModel, model)
     names = [name for name, _ in model.named_parameters()]
-    single = deepcopy(model) if layout.tp * layout.cp > 1 else None
+    single = deepcopy(model) if layout.tp * layout.cp * layout.ep > 1 else None
 
     divided = Divided({}, ())
     if layout.tp > 1:
         divided = divide(model, mesh.get_group("tp"), layout)
     if layout.cp > 1:
         cut_sequences(model, described.regions(), mesh.get_group("cp"), layout.context)
+    experts = scatter_experts(model, mesh, layout) if layout.ep > 1 else NOTHING
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
         for block in described.blocks:
@@ -152,10 +154,14 @@ def lay_out(
             policy=gather_policy(precision),
             reshard_after_forward=reshard_after_forward,
             offload=offload,
+            apart=experts.modules,
+            apart_mesh=experts.mesh,
         )
+        experts.finish()
     # Wrapping adds prefixes to names but keeps the order of parameters.
     parameters = dict(zip(names, model.parameters(), strict=True))
-    return ParallelModel(model, model, parameters, divided.cuts, divided.partial, single)
+    cuts = divided.cuts | experts.cuts
+    return ParallelModel(model, model, parameters, cuts, divided.partial, single)
 
 
 def _materialise(model: nn.Module, device: torch.device, home: torch.device) -> None:

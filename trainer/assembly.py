@@ -27,6 +27,7 @@ from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.context import check_context
+from parallel.expert import check_experts
 from parallel.mesh import Layout
 from parallel.tensor import check_division
 from trainer.asked import text_member
@@ -68,7 +69,8 @@ class Plan:
         degrees = f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
         cut = [(name, size) for name, size in (("cp", layout.cp), ("tp", layout.tp)) if size > 1]
         way = f" ({layout.context})" if layout.cp > 1 else ""
-        return degrees + "".join(f" x {name} {size}" for name, size in cut) + way
+        experts = f", experts over {layout.ep}" if layout.ep > 1 else ""
+        return degrees + "".join(f" x {name} {size}" for name, size in cut) + way + experts
 
     @property
     def local_batch(self) -> int:
@@ -103,6 +105,8 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         check_division(network, layout)
     if layout.cp > 1:
         check_context(network, layout.cp, layout.context, layout.tp)
+    if layout.ep > 1:
+        check_experts(network, layout.ep)
     build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)

@@ -77,6 +77,7 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         cp=section.cp,
         context=section.context,
         sequence=section.sequence,
+        ep=section.ep,
     )
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(

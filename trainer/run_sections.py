@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from trainer.section import Below1, Positive, Section, Text
 
 # Keys of `parallel` that cut the work on one sample.
-SPLITTING = ("tp", "sequence", "cp", "context")
+SPLITTING = ("tp", "sequence", "cp", "context", "ep")
 
 
 class RunSection(Section):
@@ -117,6 +117,9 @@ class ParallelSection(Section):
         False, description="under tp: between matrix products, tokens are cut over its ranks too"
     )
     cp: Positive = Field(1, description="ranks that each sequence is cut over")
+    ep: Positive = Field(
+        1, description="ranks that experts are divided over, among the shard x cp of one copy"
+    )
     context: Literal["ulysses", "ring"] = Field(
         "ulysses",
         description="under cp: attention exchanges heads for tokens, or passes keys and values around",

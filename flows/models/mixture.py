@@ -5,6 +5,7 @@ DiT-MoE (Fei et al. 2024). Tokens are brought into the order of their experts an
 computed by grouped matrix products, one call for all whatever their loads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,28 @@ from flows.routed import Routed
 ALIGNMENT = 8
 
 
+# (rows (slots, width), counts (experts,) of them) -> (slots, width): what experts do with their rows.
+Compute = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_home(compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
+    """`compute` where all experts are."""
+    return compute(rows, counts)
+
+
 class Experts(nn.Module):
     """E_e(h) = down_e(SiLU(gate) * value), (gate, value) the halves of up_e(h), for every expert e.
 
     Weights are stacked with the expert first, which is how they are cut over ranks.
+
+    count: of all experts, also where some of them are elsewhere
+    exchange: brings rows to the experts and back, see `at_home`
     """
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
         super().__init__()
+        self.count = experts
+        self.exchange: Callable[[Compute, Tensor, Tensor], Tensor] = at_home
         self.up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
 
@@ -35,9 +50,13 @@ class Experts(nn.Module):
         kind = rows.device.type
         mixed = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if mixed else self.up.dtype
-        ends = counts.cumsum(0).to(torch.int32)
-        outputs: Tensor = _Gated.apply(rows.to(dtype), self.up.to(dtype), self.down.to(dtype), ends)
-        return outputs
+        up, down = self.up.to(dtype), self.down.to(dtype)
+
+        def compute(own: Tensor, numbers: Tensor) -> Tensor:
+            outputs: Tensor = _Gated.apply(own, up, down, numbers.cumsum(0).to(torch.int32))
+            return outputs
+
+        return self.exchange(compute, rows.to(dtype), counts)
 
 
 class _Gated(torch.autograd.Function):

@@ -1,0 +1,143 @@
+"""Expert parallelism: the ranks of `ep` have some experts each, and tokens travel to those they chose.
+
+`ep` lies within the ranks that one copy of the model is cut over (`shard` x `cp`): each reads its own
+samples and routes its own tokens. Before the experts, rows go to the ranks that have their experts, after
+them they come back, in one exchange with uneven parts each way (GShard, Lepikhin et al. 2021); backwards
+the same ways. All else of the model is cut as without.
+
+An expert's gradient is that of all tokens of the group at once, for they have all been computed by the
+one rank that has it; so it is summed over the other copies of the expert and divided by the number of all
+ranks that everything else is averaged over. What a rank has of experts is cut once more over the
+`shard` x `cp` / `ep` ranks that have the same experts (FSDP2), each copy of the model for itself (HSDP).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from flows.errors import UserError
+from flows.models.mixture import Compute, Experts
+from parallel.exchange import send_rows, send_to_each
+from parallel.mesh import AXES, Layout
+from parallel.pieces import Cut
+from parallel.tensor import divisors
+
+AXIS = "ep"
+WITHIN = "expert_shard"
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """The experts of a model, over the ranks.
+
+    cuts: name of a parameter -> how it is cut over `ep`
+    modules: those that hold them
+    mesh: what each is cut over besides, as FSDP takes it
+    within: how many ranks that is in one copy of the model
+    divisor: of their gradients' sum over that mesh
+    """
+
+    cuts: dict[str, Cut]
+    modules: tuple[Experts, ...]
+    mesh: DeviceMesh | None
+    within: int
+    divisor: int
+
+    def finish(self) -> None:
+        """After FSDP has cut them: gradients are divided as those of everything else."""
+        for module in self.modules:
+            cut = cast(FSDPModule, module)
+            cut.set_gradient_divide_factor(float(self.divisor))
+            # Not every backend of collectives can divide before it sums. A group of one sums nothing,
+            # and torch 2.13 would divide twice there.
+            cut.set_force_sum_reduction_for_comms(self.within > 1)
+
+
+NOTHING = Scattered({}, (), None, 1, 1)
+
+
+def check_experts(model: nn.Module, ep: int) -> None:
+    """Raise UserError unless `ep` ranks can have as many experts each; opens no process group."""
+    counts = {module.count for module in model.modules() if isinstance(module, Experts)}
+    if not counts:
+        raise UserError(
+            f"parallel.ep = {ep} divides experts, and a {type(model).__name__} has none; use parallel.ep=1, "
+            "or model.family=dit_moe."
+        )
+    for count in counts:
+        if count % ep:
+            raise UserError(
+                f"parallel.ep = {ep} does not divide model.experts = {count}; use parallel.ep = "
+                f"{divisors(count)}, or another number of experts."
+            )
+
+
+def scatter_experts(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Scattered:
+    """Leave each rank its experts of a model on the meta device, in place, and let tokens travel."""
+    check_experts(model, layout.ep)
+    axes = expert_mesh(mesh, layout)
+    group = axes.get_group(AXIS)
+    index = axes.get_local_rank(AXIS)
+    cuts: dict[str, Cut] = {}
+    modules = []
+    for path, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        for name, weight in list(module.named_parameters(recurse=False)):
+            cut = Cut(weight.shape, 0, (len(weight),), index, layout.ep, group)
+            local = torch.empty(cut.local_shape, dtype=weight.dtype, device=weight.device)
+            setattr(module, name, nn.Parameter(local))
+            cuts[f"{path}.{name}"] = cut
+        module.exchange = partial(with_other_ranks, group=group)
+        modules.append(module)
+    copies = ("replicate", WITHIN) if layout.strategy == "hsdp" else (WITHIN,)
+    divisor = layout.replicate * layout.shard * layout.cp
+    return Scattered(cuts, tuple(modules), axes[copies], axes[WITHIN].size(), divisor)
+
+
+def expert_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks of `mesh` with `shard` x `cp` divided otherwise: neighbours have different experts.
+
+    A collective over all ranks.
+    """
+    within = layout.shard * layout.cp // layout.ep
+    sizes = (layout.pp, layout.replicate, within, layout.ep, layout.tp)
+    assert mesh.mesh_dim_names == AXES
+    return DeviceMesh(
+        mesh.device_type,
+        mesh.mesh.reshape(sizes),
+        mesh_dim_names=("pp", "replicate", WITHIN, AXIS, "tp"),
+    )
+
+
+def with_other_ranks(
+    compute: Compute, rows: Tensor, counts: Tensor, *, group: ProcessGroup
+) -> Tensor:
+    """`compute` of rows that travel to the ranks of their experts and back.
+
+    rows: (slots, width) in the order of all experts, counts: (experts,) rows of each
+    """
+    ranks = dist.get_world_size(group)
+    sent = counts.view(ranks, -1)
+    arriving = send_to_each(sent, group)
+    # The sizes of messages are the host's business: it waits here for what it has sent.
+    sending, receiving = sent.sum(1).tolist(), arriving.sum(1).tolist()
+    arrived = send_rows(rows, sending, receiving, group)
+    order = _by_expert(arriving)
+    outputs = compute(arrived.index_select(0, order), arriving.sum(0))
+    back = outputs.index_select(0, order.argsort())
+    return send_rows(back, receiving, sending, group)
+
+
+def _by_expert(arriving: Tensor) -> Tensor:
+    """(rows,) the order by experts of rows that lie by (rank they are from, expert)."""
+    ranks, experts = arriving.shape
+    own = torch.arange(experts, device=arriving.device).repeat(ranks)
+    return own.repeat_interleave(arriving.flatten()).argsort(stable=True)

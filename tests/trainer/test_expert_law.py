@@ -1,0 +1,144 @@
+"""The layout law for experts over ranks: all that one rank computes, balance and samples as well."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flows.errors import UserError
+from parallel.processes import Ranks
+from tests.distributed.harness import run_ranks
+from tests.trainer import families, runs
+from trainer.assembly import plan
+from trainer.recipe import override_recipe
+from trainer.run_folder import RunFolder
+from trainer.running import train_rank
+
+pytestmark = pytest.mark.timeout(600)
+
+EXACT = 1e-5
+EXPERTS = "model.experts=8"
+# ranks -> name: changes
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    4: {
+        "ep4": ["parallel.ep=4"],
+        "fsdp4 ep2": ["parallel.ep=2", "train.microbatch=1", "train.checkpoint_activations=1"],
+    },
+}
+MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    2: {"fsdp2 ep2": ["parallel.ep=2", "train.microbatch=3"]},
+    4: {
+        "hsdp 2x2 ep2": ["parallel.ep=2", "parallel.strategy=hsdp", "parallel.replicate=2"],
+        "tp2 ep2": ["parallel.ep=2", "parallel.tp=2"],
+    },
+}
+NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
+MORE_NAMES = [name for layouts in MORE_LAYOUTS.values() for name in layouts]
+
+
+def recipe(folder: Path, changes: list[str]):
+    return override_recipe(families.recipe("dit_moe", folder), [EXPERTS, *changes])
+
+
+def train_all(ranks: Ranks, folder: str, layouts: dict[str, list[str]]) -> int:
+    """Every layout in turn, in one process group."""
+    for name, changes in layouts.items():
+        place = Path(folder, name)
+        made = plan(recipe(place, changes), ranks.world_size)
+        with ExitStack() as stack:
+            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+    return len(layouts)
+
+
+def trained(folder: Path, by_ranks: dict[int, dict[str, list[str]]]) -> Path:
+    for ranks, layouts in by_ranks.items():
+        run_ranks(train_all, ranks, timeout=280.0, folder=str(folder), layouts=layouts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The run of one rank."""
+    place = tmp_path_factory.mktemp("one") / "run"
+    runs.train_here(recipe(place, []))
+    return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Of all runs."""
+    return trained(tmp_path_factory.mktemp("experts"), LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("more"), MORE_LAYOUTS)
+
+
+def routing(folder: Path) -> list[dict]:
+    return [line["experts"] for line in runs.lines(folder)]
+
+
+def hold(ours: Path, theirs: Path) -> None:
+    """The law, for what was trained and for what was drawn."""
+    errors = {}
+    for key in ("loss", "grad_norm"):
+        errors[key] = runs.relative(runs.series(ours, key), runs.series(theirs, key))
+    held, whole = runs.tensors(ours), runs.tensors(theirs)
+    # Gradients of experts are small beside others', and a factor in them would hide.
+    experts = [f"optimizer.blocks.{layer}.mixture.experts." for layer in range(2)]
+    for part in ("model.", "ema.", "optimizer.", "buffer.", *experts):
+        errors[part] = runs.distance(held, whole, part)
+    assert max(errors.values()) <= EXACT, errors
+    for one, other in zip(routing(ours), routing(theirs), strict=True):
+        for key in ("load", "load_by_time", "dropped", "imbalance"):
+            assert one[key] == other[key], key
+        assert one["entropy"] == pytest.approx(other["entropy"], rel=EXACT)
+    assert "slices" in runs.manifests(ours)[families.STEPS].layout
+    # Pictures are rounded to whole levels, so that one may fall on the other side.
+    assert (drawn(ours) - drawn(theirs)).abs().max() <= 1
+
+
+def drawn(folder: Path) -> torch.Tensor:
+    with np.load(folder / "samples" / f"step-{families.STEPS:08d}.npz") as file:
+        return torch.from_numpy(file["images"].astype(np.int64))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_over_ranks_train_what_one_rank_trains(folder, one, name):
+    hold(folder / name, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_NAMES)
+def test_more_layouts_train_what_one_rank_trains(more, one, name):
+    hold(more / name, one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "sentence"),
+    [
+        (["parallel.ep=3"], 3, "parallel.ep = 3 does not divide model.experts = 8; .*1, 2, 4 or 8"),
+        (
+            ["parallel.ep=4"],
+            2,
+            "does not divide the 2 ranks that one copy of the model is cut over",
+        ),
+        (
+            ["parallel.ep=2", "parallel.strategy=ddp"],
+            2,
+            "parallel.strategy = ddp cuts none; use fsdp",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path, changes, ranks, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(recipe(tmp_path, ["train.batch=12", *changes]), ranks)
+
+
+def test_models_without_experts_are_refused(tmp_path):
+    dense = override_recipe(families.recipe("dit", tmp_path), ["parallel.ep=2"])
+    with pytest.raises(UserError, match=r"parallel\.ep = 2 divides experts, and a DiT has none"):
+        plan(dense, 2)
