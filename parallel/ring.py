@@ -9,9 +9,6 @@ have nothing to do and one with the last everything, so the sequence is cut into
 rank r holds r and 2 n - 1 - r ("zigzag"). In each turn but its own a rank then computes half of its
 square: all queries over the first chunk of an earlier rank, or its second chunk's queries over all keys
 of a later one. The order is its own mirror image: the rank of token i is the rank of token N - 1 - i.
-
-What a rank sends in a step and layer, with k bytes of its keys and as many of its values: forward 2 k (n
-- 1), backward the same again and, in float32, the gradients of both 2 k n.
 """
 
 from collections.abc import Sequence
@@ -77,6 +74,18 @@ def ring_attention(
     query, key, value = in_dtype_of_products(query, key, value)
     out: Tensor = _attend(query, key, value, mask, causal, group.group_name)[0]
     return out
+
+
+def ring_bytes(keys: int, element: int, size: int) -> int:
+    """What a rank sends in a step for one attention that is not recomputed, in bytes.
+
+    Keys and values go round once forward and once backward; their gradients, in float32, go all the
+    way home.
+
+    keys: numbers in the keys of one rank, batch * kv_heads * local tokens * head width
+    element: bytes of each
+    """
+    return 2 * keys * (2 * element * (size - 1) + 4 * size)
 
 
 @torch.library.custom_op("flowmill::ring_attention", mutates_args=())

@@ -3,9 +3,6 @@
 Jacobs et al. 2023, "DeepSpeed Ulysses". A rank has all heads of its run of tokens; one exchange of
 queries, keys and values gives it all tokens of heads / n of them, and another takes what was mixed
 back. In between is the kernel of one device, so that masks and causality are its own affair.
-
-What a rank sends in a step and layer, of (n - 1) / n of its bytes of queries, keys, values and outputs:
-all of them once forward and once backward.
 """
 
 import torch
@@ -45,3 +42,15 @@ def ulysses_attention(
     mixed = kernel(query, key, value, seen)
     returned = send_to_each(mixed.unflatten(2, (size, -1)).movedim(2, 0), group)
     return returned.movedim(0, 1).flatten(1, 2)
+
+
+def ulysses_bytes(queries: int, keys: int, element: int, size: int) -> int:
+    """What a rank sends in a step for one attention that is not recomputed, in bytes.
+
+    Queries, keys, values and outputs are exchanged forward, and their gradients backward; each rank
+    keeps its own share of heads.
+
+    queries, keys: numbers in those of one rank, batch * heads * local tokens * head width
+    element: bytes of each
+    """
+    return 2 * (2 * queries + 2 * keys) // size * (size - 1) * element

@@ -1,6 +1,7 @@
 """Multi-head self-attention in which every token sees every token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +129,17 @@ def see_all(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     key, value: (batch, kv_heads, tokens, head width), each head shared by heads / kv_heads queries
     mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
     """
-    grouped = bool(query.shape[1] != key.shape[1])  # a compiler may have a symbol instead
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+    return _mix(query, key, value, attn_mask=mask)
 
 
 def see_before(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """As `see_all`, of query i over the keys 0 ... i; no key is masked."""
     assert mask is None, "a causal chain has no masked keys"
-    grouped = bool(query.shape[1] != key.shape[1])  # a compiler may have a symbol instead
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return _mix(query, key, value, is_causal=True)
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, **seen: Any) -> Tensor:
+    # A branch and no comparison as an argument, of which a compiler would make a symbol.
+    if query.shape[1] != key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **seen)
+    return F.scaled_dot_product_attention(query, key, value, **seen)

@@ -1,5 +1,6 @@
 """Attention of a sequence that ranks share is that of one device: outputs and gradients."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from flows.models.attention import see_all, see_before
 from parallel.attention_parts import Part, attend_part, join_, part_gradients
 from parallel.processes import Ranks
-from parallel.ring import inverse, ring_attention, seen, zigzag, zigzag_order
-from parallel.ulysses import ulysses_attention
+from parallel.ring import inverse, ring_attention, ring_bytes, seen, zigzag, zigzag_order
+from parallel.ulysses import ulysses_attention, ulysses_bytes
 from tests.distributed.harness import run_ranks
 
 # Sums of 16 float32 terms of size 1, in another order.
@@ -84,30 +86,64 @@ def compare(ranks: Ranks, way: str, causal=False, kv_heads=False, masked=False, 
     )
 
 
-def every_case(ranks: Ranks) -> dict[str, float]:
+def on_ranks(ranks: Ranks) -> dict[str, Any]:
+    """Errors of all cases, and bytes that a step of each way sends."""
+    ways = ("ring", "ulysses")
+    cases = [(way, name) for way in ways for name in CASES]
     return {
-        f"{way}: {name}": compare(ranks, way, **case)
-        for way in ("ring", "ulysses")
-        for name, case in CASES.items()
+        "errors": {f"{way}: {name}": compare(ranks, way, **CASES[name]) for way, name in cases},
+        "bytes": {way: bytes_sent(way, ranks.world_size) for way in ways},
     }
 
 
+def bytes_sent(way: str, size: int) -> int:
+    """As the backend was given them: queries of four heads, keys of four or fewer."""
+    *tensors, gradient = (tensor[:, :, : TOKENS // size] for tensor in numbers(size))
+    group = dist.group.WORLD
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if way == "ring":
+            return ring_attention(q, k, v, None, causal=True, group=group)
+        return ulysses_attention(q, k, v, None, kernel=see_before, group=group)
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen_by:
+        differentiated(attend, tuple(tensors), gradient)
+    total = 0
+    for event in seen_by.events():
+        sizes = 4 * math.prod(event.input_shapes[0]) if event.name.startswith("gloo:") else 0
+        # Of what is exchanged, each rank keeps its own.
+        kept = sizes // size if event.name == "gloo:all_to_all" else 0
+        total += sizes - kept if event.name in ("gloo:send", "gloo:all_to_all") else 0
+    return total
+
+
 @pytest.fixture(scope="module")
-def errors() -> dict[int, list[dict[str, float]]]:
-    """Ranks -> of each rank, the errors by case."""
-    return {size: run_ranks(every_case, size) for size in (2, 4)}
+def found() -> dict[int, list[dict[str, Any]]]:
+    """Ranks -> of each rank, what `on_ranks` found."""
+    return {size: run_ranks(on_ranks, size) for size in (2, 4)}
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_shared_sequences_are_attended_as_whole_ones(errors, size):
-    for found in errors[size]:
-        bounds = {name: BF16 if "bf16" in name else EXACT for name in found}
-        assert len(found) == 2 * len(CASES)
-        assert not {name: e for name, e in found.items() if not e <= bounds[name]}
+def test_shared_sequences_are_attended_as_whole_ones(found, size):
+    for errors in (result["errors"] for result in found[size]):
+        bounds = {name: BF16 if "bf16" in name else EXACT for name in errors}
+        assert len(errors) == 2 * len(CASES)
+        assert not {name: e for name, e in errors.items() if not e <= bounds[name]}
 
 
-def test_it_did_compute_in_bfloat16(errors):
-    assert all(found[f"{way}: bf16"] > EXACT for found in errors[2] for way in ("ring", "ulysses"))
+def test_it_did_compute_in_bfloat16(found):
+    errors = found[2][0]["errors"]
+    assert min(errors["ring: bf16"], errors["ulysses: bf16"]) > EXACT
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_send_what_the_formulas_say(found, size):
+    of_head = BATCH * TOKENS // size * WIDTH
+    for result in found[size]:
+        assert result["bytes"] == {
+            "ring": ring_bytes(size * of_head, 4, size),
+            "ulysses": ulysses_bytes(HEADS * of_head, size * of_head, 4, size),
+        }
 
 
 @pytest.mark.parametrize("masked", [False, True])

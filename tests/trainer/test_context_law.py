@@ -29,18 +29,18 @@ RING = {"cp": 2, "context": "ring"}
 FAMILIES = ["dit", "mmdit", "tarflow", "starflow", "jet"]
 # Keys to put over those of the recipe of the family that a cell's name begins with.
 ONE: Cells = {
-    **{name: {} for name in [*FAMILIES, "lightningdit"]},
+    **{name: {} for name in FAMILIES},
     "dit of four heads": {"model": {"heads": 4}},
     "starflow": {"checkpoint": {"every": HALF}},
 }
 TWO: Cells = {
     **{f"{name}, ulysses": {"parallel": {"cp": 2}} for name in FAMILIES},
-    **{f"{name}, ring": {"parallel": RING} for name in FAMILIES},
-    "lightningdit, ring": {"parallel": RING},
     "dit, ring, recomputed, in parts": {
         "parallel": RING, "train": {"checkpoint_activations": 1, "microbatch": 3}
     },
+    "mmdit, ring": {"parallel": RING},
     "tarflow, ring, copies": {"parallel": RING | {"strategy": "ddp"}},
+    "jet, ring": {"parallel": RING},
     "starflow, ring": {"parallel": RING, "checkpoint": {"every": HALF}},
     "starflow, ring, after one rank": {"parallel": RING},
 }  # fmt: skip
