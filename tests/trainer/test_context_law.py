@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flows.errors import UserError
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
@@ -50,6 +51,12 @@ FOUR: Cells = {
     "starflow, ring, tp": {"parallel": RING | {"tp": 2}},
     "dit of four heads, ulysses, tp, tokens": {
         "model": {"heads": 4}, "parallel": {"cp": 2, "tp": 2, "sequence": True}
+    },
+}  # fmt: skip
+COMPILED: Cells = {
+    "mmdit, ulysses, compiled": {"parallel": {"cp": 2}, "train": {"compile": True}},
+    "starflow, ring, compiled, recomputed": {
+        "parallel": RING, "train": {"compile": True, "checkpoint_activations": 1}
     },
 }  # fmt: skip
 MORE: Cells = {
@@ -127,6 +134,13 @@ def more(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    run_ranks(train_cells, 2, timeout=800.0, folder=str(folder), cells=COMPILED)
+    return folder
+
+
 def hold(ours: Path, theirs: Path) -> None:
     """All losses, gradient norms, and all that the last checkpoint holds; and the samples."""
     errors = {}
@@ -165,6 +179,31 @@ def test_shares_of_sequences_lie_beside_other_shares(one, four, cell):
 @pytest.mark.parametrize("cell", MORE)
 def test_more_shares_of_sequences_lie_beside_other_shares(one, more, cell):
     hold(more / cell, one / reference(cell))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", COMPILED)
+def test_compiled_blocks_train_and_draw_what_one_rank_does(one, compiled, cell):
+    hold(compiled / cell, one / reference(cell))
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel", "ranks", "says"),
+    [
+        ("dit", {"cp": 3}, 3, r"parallel.cp = 3 does not divide \(data.image_size / model.patch"),
+        (
+            "mmdit",
+            {"cp": 2, "tp": 2},
+            4,
+            "parallel.tp x cp = 2 x 2 does not divide model.heads = 2",
+        ),
+        ("dit_moe", {"cp": 2}, 2, "parallel.cp = 2 cuts sequences, and a DiTMoE"),
+        ("dit", {"cp": 2}, 3, "parallel.cp = 2 does not divide 3 ranks"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_any_rank(tmp_path, family, parallel, ranks, says):
+    with pytest.raises(UserError, match=says):
+        plan(families.recipe(family, tmp_path, parallel), ranks)
 
 
 def test_one_rank_goes_on_where_two_ranks_of_one_sequence_stopped(one, two, tmp_path):
