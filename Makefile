@@ -1,10 +1,10 @@
-# make demo | test | test-all | install | lint : everything is set up on the way.
+# make demo | test | test-all | matrix | install | lint : everything is set up on the way.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: install demo test test-all lint wheel-test clean
+.PHONY: install demo test test-all matrix lint wheel-test clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+# docs/layouts.md: every family under every layout; minutes.
+matrix: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix
 
 lint: install
 	$(BIN)/ruff check .

@@ -130,6 +130,30 @@ def step(
 
 
 @app.command()
+def memory(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the run; none is started.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """What each of many ranks would hold of a model: nothing is allocated, no data is read."""
+    from benchmarks.memory import HELD, measure
+    from trainer.recipe import load_recipe
+
+    found = measure(load_recipe(recipe, overrides or []), ranks)
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"total": found.total}))
+        return
+    title = f"{found.whole:,} parameters on {ranks} ranks ({found.layout or 'whole'}), a rank"
+    table = Table("", "MiB", title=title)
+    for name in (*HELD, "total"):
+        table.add_row(name, f"{getattr(found, name) / 2**20:,.1f}")
+    Console().print(table)
+
+
+@app.command()
 def loader(
     batch: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 64,
     workers: Annotated[

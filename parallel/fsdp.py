@@ -8,6 +8,7 @@ gradients are averaged over `replicate` after they have been cut.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -77,6 +78,21 @@ def release_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def gathered_bytes(model: nn.Module, item_size: int, reshard_after_forward: bool) -> int:
+    """Bytes of whole weights that a rank has for a while: the root's, and of two blocks, one of which is on
+    its way; of all blocks where they stay until the backward. 0 for a model that is not cut.
+
+    item_size: bytes of a number as it is gathered
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not parts:
+        return 0
+    counts = [sum(p.numel() for p in cast(nn.Module, part).parameters()) for part in parts]
+    whole, blocks = counts[0], sorted(counts[1:], reverse=True)
+    there = blocks[:2] if reshard_after_forward else blocks
+    return item_size * (whole - sum(blocks) + sum(there))
 
 
 @contextmanager

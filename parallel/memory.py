@@ -1,7 +1,7 @@
 """How much memory tensors take, measured from within: allocators of CPUs do not tell."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,21 +9,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.pieces import Held, local_part
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the memory of tensors that are made within a `with` block and are still there.
 
-    Views share memory and count once. Memory that no operation returns, such as a kernel's own scratch
-    space, is not seen.
+    Views share memory and count once; memory that was given up while its tensor lives on, as FSDP does,
+    does not count. What no operation returns, such as a kernel's own scratch space, is not seen.
 
-    now: bytes at this moment
-    peak: the most at any moment
+    peak: the most bytes at any moment
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.peak = 0
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @property
+    def now(self) -> int:
+        """Bytes at this moment."""
+        return sum(storage.nbytes() for storage in self._alive)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Any = (), kwargs: Any = None
@@ -32,20 +38,15 @@ class LiveBytes(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and (storage := _storage(result)) not in inputs:
-                self._count(storage)
+                self._alive.add(storage)
+        self.peak = max(self.peak, self.now)
         return results
 
-    def _count(self, storage: Any) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, size)
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+def held_bytes(tensors: Iterable[Held]) -> int:
+    """Bytes that this rank has of some tensors, without padding."""
+    parts = [local_part(tensor) for tensor in tensors]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -84,11 +84,6 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     """
     placement = place(recipe, world_size)
     layout = placement.layout
-    if recipe.train.batch % layout.data_size:
-        raise UserError(
-            f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
-            f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
-        )
     if isinstance(recipe.sample, SampleSection):
         section = recipe.sample
         check_settings(
@@ -99,6 +94,20 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
             channels=recipe.data.channels,
         )
     model = model_architecture(recipe)
+    check_layout(recipe, layout, model)
+    build_objective(recipe)
+    stream = training_stream(recipe)
+    check_latents(recipe, stream.urls)
+    return Plan(in_steps(recipe, stream.epochs), placement, model, stream)
+
+
+def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
+    """Raises UserError unless the ranks can share the samples of a batch, and the work on each."""
+    if recipe.train.batch % layout.data_size:
+        raise UserError(
+            f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
+            f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
+        )
     with torch.device("meta"):
         network = model.build()
     if layout.tp > 1:
@@ -107,10 +116,6 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         check_context(network, layout.cp, layout.context, layout.tp)
     if layout.ep > 1:
         check_experts(network, layout.ep)
-    build_objective(recipe)
-    stream = training_stream(recipe)
-    check_latents(recipe, stream.urls)
-    return Plan(in_steps(recipe, stream.epochs), placement, model, stream)
 
 
 def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:

@@ -8,7 +8,6 @@ import torch
 
 from flows.errors import UserError
 from flows.models.family import Architecture
-from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed_config import Json, Stage
@@ -94,7 +93,6 @@ def build_engine(
     with torch.device("meta"):
         network = model.build()
     train, factory = recipe.train, optimizer_factory(recipe)
-    recompute = Recompute(train.checkpoint_activations, train.checkpoint_keeps)
     if recipe.parallel.engine == "accelerate":
         return accelerate.build(
             network,
@@ -103,7 +101,7 @@ def build_engine(
             device=ranks.device,
             seed=recipe.seed,
             precision=train.precision,
-            checkpoint_activations=recompute,
+            checkpoint_activations=train.recompute,
             compile=train.compile,
             reshard_after_forward=recipe.parallel.reshard_after_forward,
             optimizer=factory,
@@ -116,7 +114,7 @@ def build_engine(
             device=ranks.device,
             seed=recipe.seed,
             precision=train.precision,
-            checkpoint_activations=recompute,
+            checkpoint_activations=train.recompute,
             compile=train.compile,
             optimizer=factory,
             clock=clock,
@@ -128,7 +126,7 @@ def build_engine(
         device=ranks.device,
         seed=recipe.seed,
         precision=train.precision,
-        checkpoint_activations=recompute,
+        checkpoint_activations=train.recompute,
         compile=train.compile,
         reshard_after_forward=recipe.parallel.reshard_after_forward,
         offload=recipe.parallel.offload,

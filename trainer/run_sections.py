@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from parallel.activation import Recompute
 from trainer.section import Below1, Positive, Section, Text
 
 # Keys of `parallel` that cut the work on one sample.
@@ -66,6 +67,11 @@ class TrainSection(Section):
         [0.999], description="decays of the averaged weights; the first is used to sample"
     )
     log_every: Positive = Field(10, description="steps between progress lines")
+
+    @property
+    def recompute(self) -> Recompute:
+        """The two keys that say what is recomputed, as one."""
+        return Recompute(self.checkpoint_activations, self.checkpoint_keeps)
 
     @model_validator(mode="after")
     def _keeps_of_something(self) -> "TrainSection":
