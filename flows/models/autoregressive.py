@@ -12,7 +12,9 @@ v_{j+1} = u_j: samplers need to know no more than v_0.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from flows.initialise import Rule
 from flows.models.causal import CausalLayer, KeyValue, LayerShape, project
+from flows.models.chain import Chain, Link, Stream, Told
 from flows.models.division import Region
 from flows.models.flow import FlowOutput
 from flows.models.norms import RMSNorm
@@ -180,8 +183,36 @@ class FlowBlock(nn.Module):
             prefix_width) for a block with a prefix; blocks without either ignore it
         returns w like u, and (batch,) log |det dw/du|; both float32
         """
+        h = self.enter(u, condition)
+        for layer in self.layers:
+            h = self.layer(layer, h)
+        return self.leave(u, h)
+
+    def enter(self, u: Tensor, condition: Tensor | None) -> Tensor:
+        """What the first layer reads: (batch, prefix_tokens + chain, width); see `forward`."""
+        v = self.inputs(self.ordered(u.float()))
+        h = self.project_in(v.to(self.project_in.weight.dtype))
+        # In place: the projection's gradient does not need its result.
+        if self.position is not None:
+            h += self.position[: self.shape.chain]
+        if self.label is not None:
+            assert condition is not None
+            h += self._label_rows(condition)[:, None]
+        if self.prefix is not None:
+            assert condition is not None
+            h = torch.cat((self.prefix(condition.to(self.prefix.weight.dtype)), h), dim=1)
+        result: Tensor = h
+        return result
+
+    def layer(self, layer: nn.Module, h: Tensor) -> Tensor:
+        """One of the block's layers, on prefix and chain: (batch, tokens, width), also returned."""
+        result: Tensor = layer(h) if self.turn is None else layer(h, self.turn)
+        return result
+
+    def leave(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's own input and its last layer's output -> what `forward` returns."""
         u = self.ordered(u.float())
-        log_scale, shift = self._read(self._network(self.inputs(u), condition))
+        log_scale, shift = self._read(h[:, self.shape.prefix_tokens :])
         predicted = u[:, u.shape[1] - self.shape.chain :]
         if log_scale is None:
             w, logdet = predicted - shift, u.new_zeros(len(u))
@@ -234,24 +265,6 @@ class FlowBlock(nn.Module):
         if cache.added is not None:
             h = h + cache.added
         return self._read(self._run(h, self.shape.prefix_tokens + first, cache.layers))
-
-    def _network(self, v: Tensor, condition: Tensor | None) -> Tensor:
-        """The whole chain at once, without a cache: (batch, chain, features) -> (..., width)."""
-        h = self.project_in(v.to(self.project_in.weight.dtype))
-        # In place: the projection's gradient does not need its result.
-        if self.position is not None:
-            h += self.position[: self.shape.chain]
-        if self.label is not None:
-            assert condition is not None
-            h += self._label_rows(condition)[:, None]
-        if self.prefix is not None:
-            assert condition is not None
-            h = torch.cat((self.prefix(condition.to(self.prefix.weight.dtype)), h), dim=1)
-        turn = self.turn
-        for layer in self.layers:
-            h = layer(h) if turn is None else layer(h, turn)
-        chain: Tensor = h[:, self.shape.prefix_tokens :]
-        return chain
 
     def _run(self, h: Tensor, first: int, caches: list[KeyValue]) -> Tensor:
         """Tokens (batch, new, width) that stand at `first` of prefix and chain, through all layers."""
@@ -320,6 +333,61 @@ def transform(blocks: nn.ModuleList, tokens: Tensor, condition: Tensor | None) -
         u, change = block(u, condition)
         logdet = logdet + change
     return FlowOutput(u, logdet, power)
+
+
+def chain_of(
+    blocks: nn.ModuleList,
+    tokens: Callable[[Tensor], Tensor],
+    tell: Callable[[Mapping[str, Tensor], int], Told],
+) -> Chain:
+    """The links of a model's `flow_blocks`: for each its beginning, its layers and its end.
+
+    Between blocks the stream is (tokens, logdet, power), see `FlowOutput`; within one, its layers' hidden
+    states come last.
+
+    tokens: the model's, from images
+    tell: gives the `condition` of `FlowBlock.forward`
+    """
+
+    def enter(block: FlowBlock, first: bool, stream: Stream, told: Told) -> Stream:
+        if first:
+            u = tokens(stream[0]).float()
+            stream = u, u.new_zeros(len(u)), u.new_zeros(len(u))
+        u, logdet, power = stream
+        power = power + u.square().mean(dim=(1, 2))
+        return u, logdet, power, block.enter(u, told["condition"])
+
+    def apply(block: FlowBlock, number: int, stream: Stream, _: Told) -> Stream:
+        *rest, h = stream
+        return *rest, block.layer(block.layers[number], h)
+
+    def leave(block: FlowBlock, stream: Stream, _: Told) -> Stream:
+        u, logdet, power, h = stream
+        u, change = block.leave(u, h)
+        return u, logdet + change, power
+
+    links: list[Link] = []
+    borders = []
+    for index, block in enumerate(_typed(blocks)):
+        name = f"flow_blocks.{index}"
+        own = tuple(
+            f"{name}.{part}" for part in ("start", "project_in.", "position", "label", "prefix.")
+        )
+        borders.append(len(links))
+        links.append(Link(f"{name}.enter", own, partial(enter, block, index == 0)))
+        links += [
+            Link(f"{name}.layers.{k}", (f"{name}.layers.{k}.",), partial(apply, block, k))
+            for k in range(len(block.layers))
+        ]
+        ends = (f"{name}.norm.", f"{name}.project_out.")
+        links.append(Link(f"{name}.leave", ends, partial(leave, block)))
+    return Chain(
+        links=tuple(links),
+        tell=tell,
+        tells=(),
+        end=lambda stream: FlowOutput(*stream),
+        borders=tuple(borders),
+    )
 
 
 def block_rules(blocks: nn.ModuleList) -> dict[str, Rule]:

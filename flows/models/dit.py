@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
+from flows.models.chain import Chain, Link, Stream, Told
 from flows.models.division import Region
 from flows.models.embeddings import (
     TimeEmbedding,
@@ -294,18 +295,65 @@ class DiT(nn.Module):
         returns (batch, channels, image_size, image_size), with the projection of hidden states in
         training mode if the network has a projector
         """
-        config = self.config
         condition = self._condition(t, label, text)
-        tokens = self.patches(patchify(x, config.patch).to(self.patches.weight.dtype))
-        tokens = self.embedding_norm(tokens + self.position.to(tokens.dtype))
-        projection = None
+        tokens, projection = self._tokens(x), None
         for depth, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, condition, self.turn)
-            if self.projector is not None and self.training and depth == config.align_depth:
+            if self.projector is not None and self.training and depth == self.config.align_depth:
                 projection = self.projector(tokens)
-        image = unpatchify(self.final(tokens, condition), config.patch, config.image_size)
-        prediction = image[:, : config.channels]
+        prediction = self._prediction(tokens, condition)
         return prediction if projection is None else Aligned(prediction, projection)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(batch, channels, image_size, image_size) -> (batch, tokens, width), positions added."""
+        tokens = self.patches(patchify(x, self.config.patch).to(self.patches.weight.dtype))
+        result: Tensor = self.embedding_norm(tokens + self.position.to(tokens.dtype))
+        return result
+
+    def _prediction(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """(batch, tokens, width), (batch, width) -> (batch, channels, image_size, image_size)."""
+        config = self.config
+        image = unpatchify(self.final(tokens, condition), config.patch, config.image_size)
+        return image[:, : config.channels]
+
+    def chain(self) -> Chain:
+        """Its forward, cut between blocks; the condition is computed from t, label and text.
+
+        Raises UserError for a network with a projector, whose hidden states come from the middle.
+        """
+        if self.projector is not None:
+            raise UserError(
+                f"model.align_depth = {self.config.align_depth} reads hidden states in the middle of the "
+                "network, which no pipeline passes on; use parallel.pp=1, or model.align_depth=0."
+            )
+
+        def tell(inputs: Mapping[str, Tensor], _: int) -> Told:
+            return {"condition": self._condition(inputs["t"], inputs["label"], inputs.get("text"))}
+
+        def apply(number: int, stream: Stream, told: Told) -> Stream:
+            return (self.blocks[number](stream[0], told["condition"], self.turn),)
+
+        blocks = [
+            Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))
+            for number in range(self.config.depth)
+        ]
+        return Chain(
+            links=(
+                Link(
+                    "patches", ("patches.", "embedding_norm."), lambda s, _: (self._tokens(s[0]),)
+                ),
+                *blocks,
+                Link(
+                    "final",
+                    ("final.",),
+                    lambda s, told: (self._prediction(s[0], told["condition"]),),
+                ),
+            ),
+            tell=tell,
+            tells=("time.", "label.", "text."),
+            end=lambda stream: stream[0],
+            borders=tuple(range(len(blocks) + 2)),
+        )
 
     def _condition(self, t: Tensor, label: Tensor, text: Tensor | None) -> Tensor:
         """(batch, width) the sum of all that conditions, through the SiLU that all blocks share."""

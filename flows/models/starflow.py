@@ -6,6 +6,7 @@ soft clip and a norm before the output; rotary positions, which stretch to other
 (or a class) that stands before the tokens, in the top block alone or in all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -22,11 +23,13 @@ from flows.models.autoregressive import (
     Rotary,
     Scale,
     block_rules,
+    chain_of,
     layers_of,
     regions_of,
     transform,
 )
 from flows.models.causal import LayerShape, NormKind, Placement
+from flows.models.chain import Chain, Told
 from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.flow import FlowOutput
@@ -222,6 +225,15 @@ class STARFlow(nn.Module):
     def image(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         return unpatchify(tokens, self.config.patch, self.config.image_size)
+
+    def chain(self) -> Chain:
+        """Its forward, cut between and within flow blocks."""
+
+        def tell(inputs: Mapping[str, Tensor], batch: int) -> Told:
+            label = inputs["label"]
+            return {"condition": self.condition(label, inputs.get("text"), batch, label.device)}
+
+        return chain_of(self.flow_blocks, self.tokens, tell)
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided."""

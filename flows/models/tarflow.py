@@ -5,6 +5,7 @@ patches in turn forwards and backwards; each predicts from the tokens before how
 the next one (flows/models/autoregressive.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ from flows.models.autoregressive import (
     BlockShape,
     FlowBlock,
     block_rules,
+    chain_of,
     layers_of,
     regions_of,
     transform,
 )
 from flows.models.causal import LayerShape, NormKind, Placement
+from flows.models.chain import Chain, Told
 from flows.models.division import Region
 from flows.models.flow import FlowOutput
 
@@ -149,6 +152,15 @@ class TarFlow(nn.Module):
         side = self.config.image_size // self.config.patch
         grid = tokens.transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(grid, self.config.patch)
+
+    def chain(self) -> Chain:
+        """Its forward, cut between and within flow blocks."""
+
+        def tell(inputs: Mapping[str, Tensor], batch: int) -> Told:
+            label = inputs["label"]
+            return {"condition": self.condition(label, inputs.get("text"), batch, label.device)}
+
+        return chain_of(self.flow_blocks, self.tokens, tell)
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided."""

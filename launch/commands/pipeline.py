@@ -1,6 +1,7 @@
-"""`flowmill pipeline`: see a schedule before it runs."""
+"""`flowmill pipeline`: see a schedule, and how a model would be cut, before anything runs."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +13,18 @@ from flows.errors import UserError
 from launch.commands.sample import check_picture
 
 if TYPE_CHECKING:
+    from flows.models.chain import Chain
     from parallel.pipeline.timeline import Timeline
 
-app = typer.Typer(help="Show pipeline schedules.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show pipeline schedules, and how models are cut into stages.", no_args_is_help=True
+)
 LARGEST = 2**12  # boxes for forwards: a picture of more shows nothing
 
 
 @app.callback()
 def pipeline() -> None:
-    """Show pipeline schedules."""
+    """Show pipeline schedules, and how models are cut into stages."""
 
 
 @app.command()
@@ -68,6 +72,79 @@ def show(
         typer.echo(json.dumps(_record(timeline)))
         return
     _print(timeline)
+
+
+@app.command()
+def cut(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, as section.key=value; model.name=... for the zoo."),
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="As in `flowmill pipeline show`.")] = "1f1b",
+    stages: Annotated[int, typer.Option(help="Ranks that one model lies on.")] = 4,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages on every rank, where the schedule leaves it open.")
+    ] = None,
+    measured: Annotated[
+        bool,
+        typer.Option(help="Time forward and backward of every layer here; else count products."),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Samples, where it is timed.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cut as JSON.")] = False,
+) -> None:
+    """How a recipe's model is cut into stages, beside a cut at the borders of its flow blocks."""
+    from parallel.pipeline.catalog import Words, make_schedule
+    from trainer.pipelines import chain_costs
+    from trainer.recipe import load_recipe
+
+    words = Words("--schedule", "--stages", "a step's microbatches", "--chunks")
+    places = make_schedule(schedule, stages, 2 * max(stages, 1), chunks, words).places[0]
+    chain, costs = chain_costs(load_recipe(recipe, overrides or []), batch if measured else None)
+    cuts = {"between layers": _cut(chain, costs, places, None)}
+    if len(chain.borders) < len(chain.links):
+        cuts["at the borders of flow blocks"] = _cut(chain, costs, places, chain.borders)
+    if as_json:
+        typer.echo(json.dumps(cuts))
+        return
+    unit = "measured time" if measured else "matrix products"
+    table = Table("cut", "rank", "links", "share of the work", title=f"{recipe}, by {unit}")
+    for way, found in cuts.items():
+        for rank in found["ranks"]:
+            spans = ", ".join(rank["stages"])
+            table.add_row(way, str(rank["rank"]), spans, f"{rank['share']:.1%}")
+            way = ""
+        table.add_section()
+    Console().print(table)
+    for way, found in cuts.items():
+        balance = "too few" if found["balance"] is None else f"{found['balance']:.1%} of the ideal"
+        typer.echo(f"Cut {way}: {balance}.")
+
+
+def _cut(
+    chain: "Chain", costs: list[float], places: tuple[int, ...], borders: tuple[int, ...] | None
+) -> dict[str, Any]:
+    """The best cut at these places; a balance of None and no ranks if there are too few of them."""
+    from parallel.pipeline.cut import balance, cut, work_of_ranks
+
+    if borders is not None and len(borders) < len(places):
+        return {"balance": None, "ranks": []}
+    bounds = cut(costs, places, borders)
+    work = work_of_ranks(costs, bounds, places)
+    names = [link.name for link in chain.links]
+    ranks = [
+        {
+            "rank": rank,
+            "share": work[rank] / sum(work),
+            "stages": [
+                f"{names[begin]} ... {names[end - 1]}" if end - begin > 1 else names[begin]
+                for place, (begin, end) in zip(places, pairwise(bounds), strict=True)
+                if place == rank
+            ],
+        }
+        for rank in range(len(work))
+    ]
+    return {"balance": balance(work), "ranks": ranks}
 
 
 def _check_costs(**costs: float) -> None:

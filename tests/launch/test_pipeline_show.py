@@ -56,3 +56,34 @@ def test_bad_input_is_refused(flowmill: Flowmill, given: tuple[str, ...], senten
     ended = flowmill("pipeline", "show", *given)
     assert (ended.code, ended.out) == (2, "")
     assert sentence in ended.err
+
+
+def test_a_cut_within_flow_blocks_and_at_their_borders(flowmill: Flowmill) -> None:
+    asked = ("pipeline", "cut", "starflow_emoji", "model.layers=[1,1,1,28]")
+    ended = flowmill(*asked, "--json")
+    found = json.loads(ended.out)
+    assert ended.code == 0
+    assert found["between layers"]["balance"] >= 0.9
+    assert found["at the borders of flow blocks"]["balance"] <= 0.3
+    shares = [rank["share"] for rank in found["between layers"]["ranks"]]
+    assert sum(shares) == pytest.approx(1)
+    table = flowmill(*asked, "--schedule", "bitpipe").out
+    assert "Cut between layers: 9" in table
+    assert "too few" in table  # eight stages, four blocks
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("jet_digits",), "model.family = jet is not cut into stages"),
+        (("digits", "--stages", "64"), "too few for 64 stages"),
+        (("digits", "model.align_depth=1"), "model.align_depth"),
+        (("digits", "--schedule", "bitpipe", "--stages", "3"), "--stages = 3 is odd"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    flowmill: Flowmill, given: tuple[str, ...], sentence: str
+) -> None:
+    ended = flowmill("pipeline", "cut", *given)
+    assert (ended.code, ended.out) == (2, "")
+    assert sentence in ended.err
