@@ -63,10 +63,7 @@ def import_run(
     that holds something already.
     """
     format_ = source_named(source)
-    run = RunFolder(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; choose another folder for the imported run.")
-    check_writable(run)
+    run = check_new(folder)
     facts, rest = _facts(format_.family, changes)
     content = read_weights(file, source, weights)
     try:
@@ -75,13 +72,22 @@ def import_run(
         raise UserError(f"{file}: {error}") from None
     recipe = _recipe(format_.family, config, format_.recipe(config), run, file.stem)
     recipe = override_recipe(recipe, rest)
-    tensors = _tensors(recipe, state)
+    tensors = checkpoint_of(recipe, state)
     origin = {"file": str(file.resolve()), "source": source, "weights": weights}
     record = {"step": 0, "science": science(recipe), "imported": origin}
     with locked(run):
         save(run.checkpoints, step=0, tensors=tensors, state=record, keep=1)
         write_recipe(recipe, run.recipe)
     return Imported(run, recipe, sum(value.numel() for value in state.values()))
+
+
+def check_new(folder: Path) -> RunFolder:
+    """The run folder to be; UserError if it holds something already, or cannot be written."""
+    run = RunFolder(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose another folder for the imported run.")
+    check_writable(run)
+    return run
 
 
 def _facts(family: Family, changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -136,7 +142,7 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items()}
 
 
-def _tensors(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_of(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors: the weights, and as many averages that begin there."""
     names = _names(recipe)
     weights = {f"model.{name}": state[name].float() for name in names.parameters}
@@ -182,7 +188,7 @@ def export_run(
     _check_out(out, target)
     run, recipe = open_run(str(folder))
     checkpoint = checkpoint_in(run.root, step)
-    state = _state(checkpoint, recipe, weights)
+    state = state_of(checkpoint, recipe, weights)
     state = {
         n: v.to(PRECISIONS[precision]) if v.is_floating_point() else v for n, v in state.items()
     }
@@ -199,7 +205,7 @@ def export_run(
     return out
 
 
-def _state(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
+def state_of(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
     """The model's state dictionary, from a checkpoint that is whole to the last byte."""
     manifest = read_manifest(checkpoint)
     if (damage := damaged_contents(checkpoint, manifest, manifest.files)) is not None:

@@ -19,6 +19,7 @@ from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
 from flows.models.dit import Final, TimeKind, adaln_zero, told_time
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
+from flows.models.feedforward import FeedForwardKind
 from flows.models.mixture import ALIGNMENT, Mixture
 from flows.models.norms import LayerNorm, gated_residual, modulated_norm
 from flows.models.refusals import check_heads, check_patches, check_position_table
@@ -50,6 +51,10 @@ class DiTMoEConfig:
     experts: int
     chosen: int = field(default=2, metadata={"description": "experts that a token goes to"})
     learn_sigma: bool = False
+    expert: FeedForwardKind = field(
+        default="swiglu",
+        metadata={"description": "swiglu, without biases; gelu: as the feed-forward of a DiT"},
+    )
     expert_hidden: int = field(
         default=0, metadata={"description": "width within an expert; 0: 4 width", "minimum": 0}
     )
@@ -205,7 +210,7 @@ class Block(nn.Module):
         width = config.width
         self.modulation = nn.Linear(width, 6 * width)
         self.attention = Attention(width, config.heads)
-        self.mixture = Mixture(width, config.hidden, config.shared, config.routing)
+        self.mixture = Mixture(width, config.hidden, config.shared, config.routing, config.expert)
 
     def forward(
         self,
@@ -304,7 +309,7 @@ def routers(model: nn.Module) -> list[Router]:
 def _rule(name: str, shape: torch.Size) -> Rule:
     """As in a DiT; an expert starts as one alone would, gates as `torch.nn.Linear` starts."""
     if ".experts." in name:
-        return xavier_uniform(shape[2], shape[1])
+        return Rule.constant(0.0) if len(shape) == 2 else xavier_uniform(shape[2], shape[1])
     if name.endswith(("gate.weight", "router.inward.weight")) or name.startswith("cell."):
         # Kaiming with the slope sqrt(5) is uniform in 1 / sqrt(inputs); a recurrent unit's biases too.
         return Rule.uniform(1.0 / (shape[-1] if len(shape) > 1 else shape[0] // 3) ** 0.5)
@@ -316,8 +321,12 @@ def active_parameters(config: DiTMoEConfig) -> int:
     with torch.device("meta"):
         model = DiTMoE(config)
     total = sum(weight.numel() for weight in model.parameters())
-    idle = config.depth * (config.experts - config.chosen) * 3 * config.width * config.hidden
-    return total - idle
+    one = sum(
+        weight[0].numel()
+        for name, weight in model.named_parameters()
+        if name.startswith("blocks.0.mixture.experts.")
+    )
+    return total - config.depth * (config.experts - config.chosen) * one
 
 
 def forward_flops(config: DiTMoEConfig) -> int:
@@ -328,10 +337,11 @@ def forward_flops(config: DiTMoEConfig) -> int:
     tokens, width, routed = config.tokens, config.width, config.recurrent
     conditioning = (TimeEmbedding.features + width) * width
     modulations = (6 * config.depth + 2) * width**2
-    expert = 3 * width * (config.chosen * config.hidden + config.shared)
+    matrices = 3 if config.expert == "swiglu" else 2
+    experts = matrices * config.chosen * width * config.hidden + 3 * width * config.shared
     router = config.experts * (routed or width)
     if routed:
         router += width * routed + 6 * routed**2
-    block = tokens * (4 * width**2 + expert + router) + 2 * tokens**2 * width
+    block = tokens * (4 * width**2 + experts + router) + 2 * tokens**2 * width
     ends = tokens * width * config.patch**2 * (config.channels + config.outputs)
     return 2 * (conditioning + modulations + config.depth * block + ends)

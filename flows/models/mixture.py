@@ -1,8 +1,9 @@
 """A mixture of experts in the place of a feed-forward: y = sum over its experts p_e E_e(h), plus S(h).
 
 Shazeer et al. 2017; experts and the shared network S are gated by SiLU and have no biases, as in
-DiT-MoE (Fei et al. 2024). Tokens are brought into the order of their experts and all experts are
-computed by grouped matrix products, one call for all whatever their loads.
+DiT-MoE (Fei et al. 2024), or experts are feed-forwards of a DiT, of which they can be made. Tokens are
+brought into the order of their experts and all experts are computed by grouped matrix products, one call
+for all whatever their loads.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flows.models.feedforward import FeedForwardKind
 from flows.models.routers import Cell, Router, Routing
 from flows.routed import Routed
 
@@ -32,31 +34,52 @@ def at_home(compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E_e(h) = down_e(SiLU(gate) * value), (gate, value) the halves of up_e(h), for every expert e.
 
+    Experts of the kind `gelu` are down_e(GELU(up_e(h))) with biases, as in `feedforward.FeedForward`.
     Weights are stacked with the expert first, which is how they are cut over ranks.
 
     count: of all experts, also where some of them are elsewhere
     exchange: brings rows to the experts and back, see `at_home`
     """
 
-    def __init__(self, experts: int, width: int, hidden: int) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, kind: FeedForwardKind) -> None:
         super().__init__()
-        self.count = experts
+        self.count, self.kind = experts, kind
         self.exchange: Callable[[Compute, Tensor, Tensor], Tensor] = at_home
-        self.up = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        inner = 2 * hidden if kind == "swiglu" else hidden
+        self.up = nn.Parameter(torch.empty(experts, inner, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
+        if kind == "gelu":
+            self.up_bias = nn.Parameter(torch.empty(experts, inner))
+            self.down_bias = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows (slots, width) in the order of the experts, counts (experts,) -> (slots, width)."""
-        kind = rows.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if mixed else self.up.dtype
-        up, down = self.up.to(dtype), self.down.to(dtype)
-
-        def compute(own: Tensor, numbers: Tensor) -> Tensor:
-            outputs: Tensor = _Gated.apply(own, up, down, numbers.cumsum(0).to(torch.int32))
-            return outputs
-
+        device = rows.device.type
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else self.up.dtype
+        compute = self._gated if self.kind == "swiglu" else self._with_biases
         return self.exchange(compute, rows.to(dtype), counts)
+
+    def _gated(self, rows: Tensor, counts: Tensor) -> Tensor:
+        up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
+        outputs: Tensor = _Gated.apply(rows, up, down, _ends(counts))
+        return outputs
+
+    def _with_biases(self, rows: Tensor, counts: Tensor) -> Tensor:
+        up, down, up_bias, down_bias = (
+            weight.to(rows.dtype) for weight in (self.up, self.down, self.up_bias, self.down_bias)
+        )
+        ends, count = _ends(counts), len(rows)
+        hidden = F.grouped_mm(rows, up.mT, offs=ends)
+        hidden = hidden + up_bias.repeat_interleave(counts, 0, output_size=count)
+        inner = F.gelu(hidden, approximate="tanh")
+        outputs = F.grouped_mm(inner, down.mT, offs=ends)
+        return outputs + down_bias.repeat_interleave(counts, 0, output_size=count)
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Where the rows of each expert end, as grouped products take it."""
+    return counts.cumsum(0).to(torch.int32)
 
 
 class _Gated(torch.autograd.Function):
@@ -110,10 +133,17 @@ class Shared(nn.Module):
 class Mixture(nn.Module):
     """Router, experts, and the shared network if `shared`, its hidden width, is above 0."""
 
-    def __init__(self, width: int, hidden: int, shared: int, routing: Routing) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        shared: int,
+        routing: Routing,
+        kind: FeedForwardKind = "swiglu",
+    ) -> None:
         super().__init__()
         self.router = Router(width, routing)
-        self.experts = Experts(routing.experts, width, hidden)
+        self.experts = Experts(routing.experts, width, hidden, kind)
         self.shared = Shared(width, shared) if shared else None
 
     def forward(

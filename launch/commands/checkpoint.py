@@ -166,6 +166,27 @@ def import_command(
     )
 
 
+@app.command("upcycle")
+def upcycle_command(
+    dense: Annotated[Path, typer.Argument(help="Run folder of a dense network.")],
+    run: Annotated[Path, typer.Argument(help="The new run folder.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value: model.experts, and all else of a recipe."),
+    ] = None,
+) -> None:
+    """Make a run of a mixture of experts, each a copy of the feed-forwards of a dense network."""
+    from trainer.upcycling import upcycle_run
+
+    made = upcycle_run(dense, run, changes or [])
+    Console(soft_wrap=True).print(
+        f"{dense}: {made.parameters:,} numbers of a {made.recipe.model.family} into {run}; "
+        f"flowmill train {made.run.recipe}",
+        highlight=False,
+        markup=False,
+    )
+
+
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flows.models.mixture import Mixture
+from flows.models.mixture import Experts, Mixture
 from flows.models.routers import RouterCell, Routing, rebalance
 
 BATCH, TOKENS, WIDTH, HIDDEN, SHARED = 3, 6, 8, 16, 8
@@ -337,3 +337,28 @@ def test_biases_balance_a_router_that_prefers_an_expert() -> None:
         loads.append(float(load.max() / load.mean()))
     assert loads[0] > 1.5
     assert loads[-1] < 1.15
+
+
+def test_experts_with_biases_equal_a_loop_over_them() -> None:
+    """Forward and gradients, with an expert that nobody chose."""
+    generator = torch.Generator().manual_seed(5)
+    experts = Experts(EXPERTS, WIDTH, HIDDEN, "gelu")
+    for weight in experts.parameters():
+        nn.init.normal_(weight, 0.0, 0.4, generator=generator)
+    counts = torch.tensor([3, 0, 5, 1, 2])
+    rows = torch.randn(11, WIDTH, generator=generator, requires_grad=True)
+    probe = torch.randn(11, WIDTH, generator=generator)
+    (experts(rows, counts) * probe).sum().backward()
+    found = {name: weight.grad for name, weight in experts.named_parameters()} | {"rows": rows.grad}
+    wide = {n: p.detach().double().requires_grad_() for n, p in experts.named_parameters()}
+    x = rows.detach().double().requires_grad_()
+    outputs = []
+    for expert, own in enumerate(x.split(counts.tolist())):
+        hidden = own @ wide["up"][expert].T + wide["up_bias"][expert]
+        hidden = nn.functional.gelu(hidden, approximate="tanh")
+        outputs.append(hidden @ wide["down"][expert].T + wide["down_bias"][expert])
+    (torch.cat(outputs) * probe).sum().backward()
+    for name, expected in (wide | {"rows": x}).items():
+        scale = max(1.0, float(expected.grad.abs().max()))
+        assert float((found[name] - expected.grad).abs().max()) <= EXACT * scale, name
+    assert not found["up"][1].any()

@@ -22,6 +22,7 @@ from trainer.checkpoints.foreign.source import Contents, Findings, Source, Told
 HEADS = {(width, depth): heads for width, depth, heads in SHAPES.values()}
 # What the program's router does, by the keys of ours.
 FIXED = {
+    "expert": "swiglu",
     "chooser": "tokens",
     "gate": "softmax",
     "gate_scale": 1.0,

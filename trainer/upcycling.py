@@ -1,0 +1,85 @@
+"""A run of experts from a run of a dense network: the same recipe with another model, from step 0 on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flows.errors import UserError
+from flows.models.dit import DiTConfig
+from flows.models.dit_moe import DiTMoEConfig
+from flows.models.family import DATA_KEYS
+from flows.models.upcycling import mixture_keys, upcycled
+from trainer.assembly import model_architecture
+from trainer.checkpoints.contents import checkpoint_in
+from trainer.checkpoints.foreign.files import Weights
+from trainer.checkpoints.manifest import read_manifest
+from trainer.checkpoints.store import save
+from trainer.interchange import Imported, check_new, checkpoint_of, state_of
+from trainer.recipe import Recipe, build_recipe, override_recipe, write_recipe
+from trainer.run_folder import RunFolder, locked, open_run, science
+
+
+def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
+    """Make the run folder `folder` of the averaged weights of the dense run `dense`.
+
+    changes: `section.key=value`, `model.experts` among them; weights of a token's experts sum to one
+        unless `model.renormalise` says otherwise, so that the mixture begins as the dense network
+
+    Raises UserError for a network that no mixture can be made of, or a folder that holds something.
+    """
+    run = check_new(folder)
+    of, recipe = open_run(str(dense))
+    before = model_architecture(recipe).config
+    if not isinstance(before, DiTConfig | DiTMoEConfig):
+        raise UserError(
+            f"{dense} is a run of the family {recipe.model.family}, and mixtures are made of dit; choose "
+            "such a run."
+        )
+    made = _recipe(recipe, mixture_keys(before), run, changes)
+    config = model_architecture(made).config
+    _check_same(mixture_keys(before), config)
+    checkpoint = checkpoint_in(of.root)
+    weights: Weights = "ema" if recipe.train.ema else "raw"
+    dense_state = state_of(checkpoint, recipe, weights)
+    state: dict[str, Tensor] = upcycled(dense_state, config, made.seed)
+    origin = {
+        "file": str(dense.resolve()),
+        "source": f"dense run, step {read_manifest(checkpoint).step}",
+        "weights": weights,
+    }
+    record = {"step": 0, "science": science(made), "imported": origin}
+    with locked(run):
+        save(run.checkpoints, step=0, tensors=checkpoint_of(made, state), state=record, keep=1)
+        write_recipe(made, run.recipe)
+    return Imported(run, made, sum(value.numel() for value in state.values()))
+
+
+def _recipe(
+    dense: Recipe, keys: Mapping[str, Any], run: RunFolder, changes: Sequence[str]
+) -> Recipe:
+    """The recipe of the dense run with the model of a mixture, changed."""
+    data = dense.model_dump(mode="json")
+    own = {key: value for key, value in keys.items() if key not in DATA_KEYS}
+    data["model"] = {"family": "dit_moe", "renormalise": True, **own}
+    data["run"] = {"dir": str(run.root)}
+    data["name"] = f"{dense.name}-experts"
+    missing = [change for change in changes if change.startswith("model.experts=")]
+    if not missing:
+        raise UserError("model.experts is not set; say how many, as in model.experts=8.")
+    data["model"]["experts"] = 2  # until `changes` say it
+    return override_recipe(build_recipe(data, "the recipe of the mixture"), list(changes))
+
+
+def _check_same(keys: Mapping[str, Any], config: DiTMoEConfig) -> None:
+    """UserError for a change of what follows from the dense network."""
+    shape = {field.name: getattr(config, field.name) for field in fields(config)}
+    shape |= {"expert_hidden": config.hidden, "shared_hidden": config.shared}
+    for key, value in keys.items():
+        if shape[key] != value:
+            section = "data" if key in DATA_KEYS else "model"
+            raise UserError(
+                f"{section}.{key} = {shape[key]} is not that of the dense network, {value}; drop the change."
+            )
