@@ -247,15 +247,19 @@ class Quarantine:
             return
         if self._known is None:
             self._known = {_identity(line) for line in read_lines(self._path)}
-        new = [line for line in lines if _identity(line) not in self._known]
+        new = {_identity(line): line for line in lines if _identity(line) not in self._known}
         if not new:
             return
-        self._known.update(_identity(line) for line in new)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
+        self._known.update(new)
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             _cut_torn_tail(file)
-            file.write(text.encode())
+            # Ranks that share samples find the same ones bad, and one of them is the first to say so.
+            said = {_identity(line) for line in read_lines(self._path)}
+            text = [
+                json.dumps(line, ensure_ascii=False) for key, line in new.items() if key not in said
+            ]
+            file.write("".join(f"{line}\n" for line in text).encode())
             file.flush()
 
 

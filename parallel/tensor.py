@@ -9,8 +9,7 @@ All else is whole on every rank, and has equal gradients there, but for what is 
 work alone: the norms of heads, and within sequence parallelism whatever is applied to tokens. Those
 gradients are summed over the ranks once a step (`parallel.gradients.sum_partial`).
 
-Bytes that a rank's layer sends in a step, for n ranks and activations of b bytes (batch x tokens x width):
-two sums forward and two backward, 2 (n - 1) / n b each; a recomputed block has its forward ones once more.
+What is sent is in `pair_bytes`, for every pair of layers: attention and feed-forward are one each.
 """
 
 import math
@@ -102,6 +101,18 @@ def divisors(number: int) -> str:
     """In words."""
     fits = [str(n) for n in range(1, number + 1) if number % n == 0]
     return f"{', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}"
+
+
+def pair_bytes(activation: int, ranks: int) -> int:
+    """Bytes that a rank sends in a step for one pair of divided layers, with or without `sequence`.
+
+    A sum forward and one backward, of which a ring sends 2 (n - 1) / n each; or, tokens being divided, a
+    gather and a scatter both ways, of which it sends half as much each. A recomputed block has its
+    forward ones twice.
+
+    activation: bytes of the layers' input, samples x tokens x width x bytes of a number
+    """
+    return 4 * activation * (ranks - 1) // ranks
 
 
 def count_shared(model: nn.Module, tp: int) -> int:

@@ -14,25 +14,14 @@ It is cut by data: `blocks` are all double blocks, then all single blocks, and e
 `block(tokens, condition, turn, mask)` on [text | image] tokens.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.initialise import Rule
-from flows.models.attention import (
-    Kernel,
-    QueryKeyValue,
-    attend,
-    head_norm,
-    see_all,
-    split_heads,
-)
 from flows.models.dit import Final, adaln_zero, told_time
-from flows.models.division import Division, Linear, Region
+from flows.models.division import Region
 from flows.models.embeddings import (
     TimeEmbedding,
     VectorEmbedding,
@@ -41,253 +30,15 @@ from flows.models.embeddings import (
     sincos_positions,
     unpatchify,
 )
-from flows.models.feedforward import RATIO, FeedForward
-from flows.models.norms import LayerNorm, gated_residual, modulated_norm
-from flows.models.refusals import check_heads, check_patches, check_position_table
+from flows.models.feedforward import RATIO
+from flows.models.mmdit_blocks import Double, Single
+from flows.models.mmdit_config import MMDiTConfig
+from flows.models.norms import LayerNorm
 from flows.models.rotary import axial_turns, grid_places
 
-HEAD_EPSILON = 1e-5  # of the norms of queries and keys
 TIME_SCALE = 1000.0  # what times and strengths of guidance are multiplied by before their sinusoids
 
 EMBEDDINGS = ("time.", "vector.", "pooled.", "guidance.", "label.")
-
-
-@dataclass(frozen=True)
-class MMDiTConfig:
-    """Everything that decides the network's shape.
-
-    image_size: side of the square image (or latent) in pixels
-    channels: channels of the image
-    classes: classes without the null class, which is the label `classes`
-    text_width, text_tokens: of embedded captions
-    patch: side of a patch in pixels
-    """
-
-    image_size: int
-    channels: int
-    classes: int
-    text_width: int
-    text_tokens: int
-    patch: int
-    width: int
-    heads: int
-    double_depth: int = field(metadata={"description": "blocks with two streams"})
-    single_depth: int = field(
-        default=0, metadata={"description": "blocks with one stream, after them", "minimum": 0}
-    )
-    qk_norm: bool = field(
-        default=True, metadata={"description": "RMS norm of the queries and keys of each head"}
-    )
-    rope: bool = field(
-        default=True,
-        metadata={"description": "places turn queries and keys; false: a table is added"},
-    )
-    mask_text: bool = field(
-        default=True,
-        metadata={"description": "no token sees padding of the text; FLUX lets all see it"},
-    )
-    pool_text: bool = field(
-        default=False, metadata={"description": "the mean of the text joins the condition"}
-    )
-    class_label: bool = field(
-        default=False, metadata={"description": "the class joins the condition"}
-    )
-    vector_width: int = field(
-        default=0,
-        metadata={"description": "of a vector a caption that joins the condition", "minimum": 0},
-    )
-    guidance: float = field(
-        default=0.0,
-        metadata={"description": "strength told to networks distilled from guided ones; 0: no"},
-    )
-    time: Literal["flow", "reversed"] = field(
-        default="flow",
-        metadata={"description": "what the network is told: flow (t), reversed (1 - t; FLUX, SD3)"},
-    )
-
-    def __post_init__(self) -> None:
-        check_patches(self.image_size, self.patch)
-        check_heads(self.width, self.heads)
-        if self.text_tokens < 1 or self.text_width < 1:
-            raise UserError(
-                "an MMDiT joins image and text tokens, and data.text is not given; name the embedded "
-                "captions there, or choose another model.family, such as dit."
-            )
-        if self.rope and (self.head_width % 2 or self.head_width < 4):
-            raise UserError(
-                f"model.rope turns pairs of features by row and by column, so that the width of a head, "
-                f"now model.width / model.heads = {self.head_width}, must be even and at least 4."
-            )
-        if not self.rope:
-            check_position_table(self.width)
-
-    @property
-    def tokens(self) -> int:
-        """Of the image."""
-        return (self.image_size // self.patch) ** 2
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def pairs(self) -> tuple[int, int, int]:
-        """Pairs of features of a head that turn by each coordinate.
-
-        7/16 of them by row, as many by column, as near as can be: FLUX has (8, 28, 28).
-        """
-        side = max(7 * self.head_width // 32, 1)
-        return self.head_width // 2 - 2 * side, side, side
-
-    @property
-    def condition_widths(self) -> dict[str, int]:
-        """Vectors that join the time in the condition, and their widths."""
-        widths = {"vector": self.vector_width, "pooled": self.text_width if self.pool_text else 0}
-        return {name: width for name, width in widths.items() if width}
-
-
-class Stream(nn.Module):
-    """What one modality has of its own in a double block.
-
-    updated: false for a text that nobody reads any more: it only serves as keys and values
-    """
-
-    def __init__(self, config: MMDiTConfig, *, updated: bool) -> None:
-        super().__init__()
-        width = config.width
-        self.head_width = config.head_width
-        self.modulation = nn.Linear(width, (6 if updated else 2) * width)
-        # A plain layer: keys of both streams compete, so that a bias of one of them counts.
-        self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = head_norm(config.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
-        self.key_norm = head_norm(config.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
-        self.out = nn.Linear(width, width) if updated else None
-        self.feedforward = FeedForward(width) if updated else None
-
-    def heads(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the normalised tokens."""
-        qkv = self.qkv(modulated_norm(x, shift, scale))
-        query, key, value = split_heads(qkv, self.head_width)
-        return self.query_norm(query), self.key_norm(key), value
-
-    def update(self, x: Tensor, mixed: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        """The tokens after what attention mixed for them, and after the feed-forward."""
-        if self.out is None or self.feedforward is None:
-            return x
-        gate_1, shift_2, scale_2, gate_2 = vectors
-        x = gated_residual(x, gate_1, self.out(mixed))
-        return gated_residual(x, gate_2, self.feedforward(modulated_norm(x, shift_2, scale_2)))
-
-    def division(self) -> Division:
-        width = self.qkv.in_features
-        layers = {"qkv": Linear("column", (width,) * 3)}
-        if self.out is not None:
-            layers["out"] = Linear("row", (width,))
-        return Division(
-            layers=layers,
-            enters=("qkv",),
-            shared=("query_norm", "key_norm"),
-            divisible={"heads": width // self.head_width},
-        )
-
-
-class Double(nn.Module):
-    """Two streams with their own weights and one attention over the tokens of both."""
-
-    def __init__(self, config: MMDiTConfig, *, text_updated: bool) -> None:
-        super().__init__()
-        self.text_tokens = config.text_tokens
-        self.text = Stream(config, updated=text_updated)
-        self.image = Stream(config, updated=True)
-        self.kernel: Kernel = see_all
-
-    def forward(
-        self,
-        tokens: Tensor,
-        condition: Tensor,
-        turn: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """[text | image] tokens (batch, tokens, width), condition (batch, width) -> like tokens.
-
-        The condition has been through its SiLU, which all blocks share.
-        turn: (2, tokens, head width / 2) of the rotary places, if there are any
-        mask: (batch, 1, 1, tokens) bool, false for keys that nobody sees
-        """
-        sizes = (self.text_tokens, tokens.shape[1] - self.text_tokens)
-        streams = (self.text, self.image)
-        parts = tokens.split(sizes, dim=1)
-        vectors = [_vectors(stream.modulation, condition) for stream in streams]
-        heads = [
-            stream.heads(x, shift, scale)
-            for stream, x, (shift, scale, *_) in zip(streams, parts, vectors, strict=True)
-        ]
-        query, key, value = (torch.cat(pair, dim=2) for pair in zip(*heads, strict=True))
-        together = attend(self.kernel, query, key, value, turn, mask)
-        mixed = together.split([own[0].shape[2] for own in heads], dim=1)
-        return torch.cat(
-            [
-                stream.update(x, joined, own[2:])
-                for stream, x, joined, own in zip(streams, parts, mixed, vectors, strict=True)
-            ],
-            dim=1,
-        )
-
-
-class Single(nn.Module):
-    """One stream: attention and feed-forward read the same normalised tokens, and add one update."""
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.width, self.head_width = width, config.head_width
-        self.modulation = nn.Linear(width, 3 * width)
-        self.up: nn.Linear = (
-            nn.Linear(width, (3 + RATIO) * width)
-            if config.qk_norm or config.rope
-            else QueryKeyValue(width, extra=RATIO * width)
-        )
-        self.query_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
-        self.key_norm = head_norm(self.head_width, exists=config.qk_norm, epsilon=HEAD_EPSILON)
-        self.down = nn.Linear((1 + RATIO) * width, width)
-        self.kernel: Kernel = see_all
-
-    def forward(
-        self,
-        tokens: Tensor,
-        condition: Tensor,
-        turn: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """As `Double.forward`."""
-        shift, scale, gate = _vectors(self.modulation, condition)
-        up = self.up(modulated_norm(tokens, shift, scale))
-        qkv, hidden = up.split((3 * self.width, RATIO * self.width), dim=-1)
-        query, key, value = split_heads(qkv, self.head_width)
-        query, key = self.query_norm(query), self.key_norm(key)
-        mixed = attend(self.kernel, query, key, value, turn, mask)
-        update = self.down(torch.cat((mixed, F.gelu(hidden, approximate="tanh")), dim=-1))
-        return gated_residual(tokens, gate, update)
-
-    def division(self) -> Division:
-        width = self.width
-        return Division(
-            layers={
-                "up": Linear("column", (width, width, width, RATIO * width)),
-                "down": Linear("row", (width, RATIO * width)),
-            },
-            enters=("up",),
-            attributes=("width",),
-            shared=("query_norm", "key_norm"),
-            divisible={"heads": width // self.head_width},
-        )
-
-
-def _vectors(modulation: nn.Module, condition: Tensor) -> tuple[Tensor, ...]:
-    """(batch, width) -> shift, scale, gate, ... (batch, 1, width) each."""
-    vectors: Tensor = modulation(condition).unsqueeze(1)
-    parts: tuple[Tensor, ...] = vectors.split(condition.shape[-1], dim=-1)
-    return parts
 
 
 class MMDiT(nn.Module):

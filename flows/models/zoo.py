@@ -10,6 +10,7 @@ from flows.models import (
     dit_sizes,
     jet,
     mmdit,
+    mmdit_config,
     mmdit_sizes,
     starflow,
     tarflow,
@@ -29,7 +30,7 @@ DIT_MOE = Family(
 MMDIT = Family(
     "mmdit",
     "velocity",
-    mmdit.MMDiTConfig,
+    mmdit_config.MMDiTConfig,
     mmdit.MMDiT,
     mmdit.forward_flops,
     mmdit_sizes.PUBLISHED,

@@ -299,7 +299,10 @@ def test_a_shard_that_vanishes_while_it_is_read_costs_its_samples_alone(shards, 
     assert all("train-03.tar: the shard can no longer be read" in line["reason"] for line in lines)
 
 
-def test_ranks_append_whole_lines_to_one_report(tmp_path):
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_ranks_append_whole_lines_to_one_report(tmp_path, sharing):
+    """sharing: ranks that have the same samples, of which one alone is to speak."""
+
     class Line:
         def __init__(self, position):
             self.position = position
@@ -310,14 +313,16 @@ def test_ranks_append_whole_lines_to_one_report(tmp_path):
 
     def write(rank):
         for step in range(25):
-            reports[rank].add_samples([Line(8 * step + rank)])
+            reports[rank].add_samples([Line(8 * step + rank // sharing * sharing)])
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(line["position"] for line in read_lines(tmp_path / "q.jsonl")) == list(range(200))
+    assert sorted(line["position"] for line in read_lines(tmp_path / "q.jsonl")) == list(
+        range(0, 200, sharing)
+    )
 
 
 def test_a_torn_last_line_of_the_report_is_no_obstacle(tmp_path):

@@ -13,7 +13,9 @@ from flows.errors import UserError
 from flows.initialise import initialise
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.family import parameter_count
-from flows.models.mmdit import Double, MMDiT, MMDiTConfig, Single, forward_flops
+from flows.models.mmdit import MMDiT, forward_flops
+from flows.models.mmdit_blocks import Double, Single
+from flows.models.mmdit_config import MMDiTConfig
 from flows.models.mmdit_sizes import PUBLISHED
 
 PLAIN = MMDiTConfig(

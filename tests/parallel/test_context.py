@@ -14,7 +14,8 @@ from flows.initialise import initialise
 from flows.models.dequantised import Dequantised, DequantiserConfig
 from flows.models.dit import DiT, DiTConfig
 from flows.models.jet import Jet, JetConfig
-from flows.models.mmdit import MMDiT, MMDiTConfig
+from flows.models.mmdit import MMDiT
+from flows.models.mmdit_config import MMDiTConfig
 from flows.models.starflow import STARFlow, STARFlowConfig
 from flows.models.tarflow import TarFlow, TarFlowConfig
 from flows.models.token_dit import TokenDiT, TokenDiTConfig

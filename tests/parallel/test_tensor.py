@@ -1,19 +1,21 @@
 """Tensor parallelism beside all else an engine does: accumulation, recomputing, bfloat16, data ranks."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from flows.errors import UserError
 from flows.models.dit import DiT, DiTConfig
 from flows.models.dit_moe import DiTMoE, DiTMoEConfig
-from parallel.mesh import Layout, resolve_layout
+from parallel.mesh import Layout, build_mesh, resolve_layout
 from parallel.pieces import local_part
 from parallel.processes import Ranks
-from parallel.tensor import check_division, count_shared
+from parallel.tensor import check_division, count_shared, divide, pair_bytes
 from tests.distributed.harness import run_ranks
 from tests.parallel import scenario
 from trainer.checkpoints.store import load, save
@@ -58,7 +60,30 @@ def on_two_ranks(ranks: Ranks) -> dict[str, Any]:
         "norms": norm_against_torch(tp),
         "skipped": skipped_step(tp),
         "drawn": drawn(tp),
+        "bytes": {sequence: bytes_sent(sequence) for sequence in (False, True)},
     }
+
+
+EVEN = DiTConfig(image_size=8, channels=1, classes=5, patch=2, width=16, depth=3, heads=2)
+
+
+def bytes_sent(sequence: bool) -> dict[str, int]:
+    """What a ring sends of what was handed over in a forward and backward of a DiT, by kind."""
+    layout = resolve_layout(None, None, None, 2, tp=2, sequence=sequence)
+    group = build_mesh(layout, scenario.CPU).get_group("tp")
+    model = DiT(EVEN)
+    divide(model, group, layout)
+    inputs = torch.randn(4, 1, 8, 8), torch.rand(4), torch.zeros(4, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        model(*inputs).sum().backward()
+    # Of two ranks: 2 (n - 1) / n of the input of a sum, n - 1 of that of a gather, (n - 1) / n.
+    sent = {"all_reduce": 1.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 0.5}
+    found = dict.fromkeys(sent, 0)
+    for event in seen.events():
+        space, _, name = event.name.partition("::")
+        if space == "_c10d_functional" and name in sent:
+            found[name] += int(sent[name] * 4 * math.prod(event.input_shapes[0]))
+    return found
 
 
 def on_four_ranks(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -191,6 +216,20 @@ def test_norm_and_clipping_equal_those_of_whole_gradients(two, four):
     for result in (*two, *four):
         assert result["norms"]["norm"] <= 1e-6
         assert result["norms"]["clipped"] <= 1e-5  # the 1e-6 in the divisor, as in PyTorch
+
+
+def test_ranks_send_what_the_formula_says(two):
+    config = EVEN
+    numbers = 4 * 4  # samples, and bytes of a number
+    tokens = numbers * config.tokens * config.width
+    pairs = 2 * config.depth * pair_bytes(tokens, 2)
+    vectors = numbers * config.width * (6 * config.depth + 2)
+    ends = tokens // 2 + numbers * config.tokens * config.patch**2 // 2
+    for result in two:
+        plain, sequence = result["bytes"][False], result["bytes"][True]
+        assert list(plain.values()) == [pairs, 0, 0]
+        # Of modulations, backwards; and at both ends of the region a gather, backwards and forwards.
+        assert list(sequence.values()) == [vectors, pairs // 2 + ends, pairs // 2]
 
 
 def test_a_skipped_step_leaves_no_trace(two):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flows.errors import UserError
-from flows.models.mmdit import MMDiT, MMDiTConfig
+from flows.models.mmdit import MMDiT
+from flows.models.mmdit_config import MMDiTConfig
 from flows.models.mmdit_sizes import PUBLISHED
 from trainer.checkpoints.foreign import convert, to_foreign
 

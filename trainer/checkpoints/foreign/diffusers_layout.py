@@ -17,7 +17,7 @@ from torch import Tensor
 from flows.errors import UserError
 from flows.models.dit import DiTConfig
 from flows.models.embeddings import BASE, TimeEmbedding
-from flows.models.mmdit import MMDiTConfig
+from flows.models.mmdit_config import MMDiTConfig
 from trainer.checkpoints.foreign import dit, flux
 from trainer.checkpoints.foreign.conversion import to_foreign
 from trainer.checkpoints.foreign.moves import State, to_theirs

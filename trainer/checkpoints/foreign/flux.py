@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flows.errors import UserError
-from flows.models.mmdit import MMDiTConfig
+from flows.models.mmdit_config import MMDiTConfig
 from flows.models.zoo import FAMILIES
 from trainer.checkpoints.foreign.moves import Move, State, changed, linear, same
 from trainer.checkpoints.foreign.source import Contents, Findings, Source, Told, unwrapped
