@@ -100,7 +100,7 @@ def shared_kernel(kernel: Kernel, way: Context, group: ProcessGroup) -> Kernel:
 def _places(block: nn.Module, *, first: bool) -> list[tuple[int, int]]:
     """(position, dimension) of the arguments of a block that speak of all tokens."""
     names = list(inspect.signature(block.forward).parameters)
-    dims = {"turn": 1, "mask": -1}
+    dims = {"turn": 1, "mask": -1, "output_mask": 1}
     found = [(names.index(name), dim) for name, dim in dims.items() if name in names]
     return [(0, 1), *found] if first else found
 

@@ -13,7 +13,7 @@ ranks that everything else is averaged over. What a rank has of experts is cut o
 
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from flows.errors import UserError
 from flows.models.mixture import Compute, Experts
+from flows.models.routers import Reach, Router
 from parallel.exchange import send_rows, send_to_each
 from parallel.mesh import AXES, Layout
 from parallel.pieces import Cut
+from parallel.regions import all_reduce
 from parallel.tensor import divisors
 
 AXIS = "ep"
@@ -61,6 +63,51 @@ class Scattered:
 
 
 NOTHING = Scattered({}, (), None, 1, 1)
+
+
+def check_routing(model: nn.Module, layout: Layout) -> None:
+    """Raise UserError for routers that cannot see parts of a sample's tokens alone."""
+    found = [module.routing for module in model.modules() if isinstance(module, Router)]
+    if found and layout.sequence:
+        raise UserError(
+            "parallel.sequence = true cuts tokens over parallel.tp, which routers of experts do not know "
+            "of; use parallel.sequence=false."
+        )
+    for routing in found[:1] if layout.cp > 1 else []:
+        counted = routing.capacity > 0 or routing.chooser == "experts"
+        if counted:
+            key = "chooser = experts" if routing.chooser == "experts" else "capacity"
+            raise UserError(
+                f"parallel.cp = {layout.cp} cuts sequences, and model.{key} compares all tokens of one; use "
+                "parallel.cp=1, or model.capacity=0 with model.chooser=tokens."
+            )
+
+
+def widen_routers(model: nn.Module, group: ProcessGroup) -> None:
+    """Let routers that see a rank's share of the tokens speak of all of them, in place.
+
+    Gradients are averaged over `group` afterwards, as context parallelism does.
+    """
+    reach = Reach(partial(mean_over_ranks, group=group), partial(all_reduce, group=group))
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.reach = reach
+
+
+def mean_over_ranks(own: Tensor, group: ProcessGroup) -> Tensor:
+    """The mean of everybody's `own`; backwards, the gradient as it is, for it will be averaged."""
+    result: Tensor = _Mean.apply(own, group)
+    return result
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ARG004
+        return all_reduce(own, group) / dist.get_world_size(group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradient, None
 
 
 def check_experts(model: nn.Module, ep: int) -> None:

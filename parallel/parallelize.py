@@ -13,7 +13,7 @@ from flows.initialise import Initialisable, rules_of
 from flows.models.division import Region
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.context import cut_sequences
-from parallel.expert import NOTHING, scatter_experts
+from parallel.expert import NOTHING, scatter_experts, widen_routers
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
@@ -141,6 +141,7 @@ def lay_out(
         divided = divide(model, mesh.get_group("tp"), layout)
     if layout.cp > 1:
         cut_sequences(model, described.regions(), mesh.get_group("cp"), layout.context)
+        widen_routers(model, mesh.get_group("cp"))
     experts = scatter_experts(model, mesh, layout) if layout.ep > 1 else NOTHING
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:

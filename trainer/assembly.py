@@ -27,7 +27,7 @@ from flows.paths import path_named
 from flows.samplers.sampler import check_settings
 from flows.times import TimeDistribution
 from parallel.context import check_context
-from parallel.expert import check_experts
+from parallel.expert import check_experts, check_routing
 from parallel.mesh import Layout
 from parallel.tensor import check_division
 from trainer.asked import text_member
@@ -114,6 +114,7 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
         check_division(network, layout)
     if layout.cp > 1:
         check_context(network, layout.cp, layout.context, layout.tp)
+    check_routing(network, layout)
     if layout.ep > 1:
         check_experts(network, layout.ep)
 

@@ -3,8 +3,8 @@
 Each block is a DiT's with a `Mixture` in the place of the feed-forward; the condition's gate
 multiplies the sum of all experts. A fresh network is the zero function.
 
-It is cut by data: `blocks` is its repeated part, called as `block(x, condition, state, cell, mask)`
-and returning a `Step`; routers that are recurrent hand their state from block to block.
+It is cut by data: `blocks` is its repeated part, called as `block(x, condition, state, cell,
+output_mask)` and returning a `Step`; routers that are recurrent hand their state from block to block.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
-from flows.models.dit import Final, TimeKind, adaln_zero, told_time
+from flows.models.dit import Final, TimeKind, adaln_zero, block_region, told_time
+from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
 from flows.models.feedforward import FeedForwardKind
 from flows.models.mixture import ALIGNMENT, Mixture
@@ -218,18 +219,18 @@ class Block(nn.Module):
         condition: Tensor,
         state: Tensor | None = None,
         cell: Cell | None = None,
-        mask: Tensor | None = None,
+        output_mask: Tensor | None = None,
     ) -> Step:
         """x (batch, tokens, width), condition (batch, width) after the SiLU that all blocks share.
 
-        state, cell, mask: of the router, see `flows.models.routers.Router`
+        state, cell, output_mask: of the router, see `flows.models.routers.Router`
         """
         parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         update = self.attention(modulated_norm(x, shift_1, scale_1))
         x = gated_residual(x, gate_1, update)
         hidden = modulated_norm(x, shift_2, scale_2)
-        update, penalty, routed, state = self.mixture(hidden, state, cell, mask)
+        update, penalty, routed, state = self.mixture(hidden, state, cell, output_mask)
         return Step(gated_residual(x, gate_2, update), state, penalty, routed)
 
 
@@ -295,6 +296,11 @@ class DiTMoE(nn.Module):
             return prediction
         penalties, layers = zip(*steps, strict=True)
         return Mixed(prediction, torch.stack(penalties).sum(0), stacked(list(layers)))
+
+    def regions(self) -> list[Region]:
+        """Where tokens may be divided: blocks and last layer."""
+        parts = {"(data.image_size / model.patch)^2": self.config.tokens}
+        return [block_region(self.config.depth, ("final",), parts, self.config.heads)]
 
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""

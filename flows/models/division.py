@@ -51,8 +51,8 @@ class Region:
     Modules are named within the model.
 
     blocks: in the order they are called in. The first argument of the first, (batch, tokens, width), is
-        where tokens are divided; arguments called `turn` (2, tokens, pairs) and `mask` (batch, 1, 1,
-        tokens) speak of the same tokens
+        where tokens are divided; arguments called `turn` (2, tokens, pairs), `mask` (batch, 1, 1,
+        tokens) and `output_mask` (batch, tokens, slots) speak of the same tokens
     after: modules called on the tokens later, which still treat each by itself
     ends: modules whose results have all tokens again
     vectors: modules within, which make a vector for a sample that its tokens share: modulations

@@ -7,7 +7,7 @@ counts the tokens of one sample, and so does what an expert chooses.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -101,6 +101,24 @@ class RouterCell(nn.Module):
         return Cell(*(rounded(weight) for weight in weights))
 
 
+class Reach(NamedTuple):
+    """How what is known of a router's tokens becomes what is known of all tokens of their samples.
+
+    mean: of a mean (batch, ...) over tokens, differentiable; total: of a sum over tokens
+    """
+
+    mean: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+# Where a router sees all tokens of its samples.
+ALL_TOKENS = Reach(_as_it_is, _as_it_is)
+
+
 class Decision(NamedTuple):
     """What a router says of a batch.
 
@@ -119,6 +137,7 @@ class Router(nn.Module):
 
     share: buffer (experts,) shares of the slots in the last step, see `Routing.balance`
     bias: buffer (experts,) added to scores for the choice alone, see `Routing.bias_rate`
+    reach: from its tokens to all of a sample
     """
 
     share: Tensor | None
@@ -126,7 +145,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, routing: Routing) -> None:
         super().__init__()
-        self.routing = routing
+        self.routing, self.reach = routing, ALL_TOKENS
         experts, recurrent = routing.experts, routing.recurrent
         self.inward = nn.Linear(width, recurrent, bias=False) if recurrent else None
         self.gate = nn.Linear(recurrent or width, experts, bias=False)
@@ -168,7 +187,14 @@ class Router(nn.Module):
                 slots, routed = experts_choose(scores, routing, mask)
             else:
                 slots, routed = tokens_choose(scores, self.bias, routing, mask)
+            routed = self._of_all_tokens(routed)
             return Decision(slots, self._penalty(logits, scores, routed.load), routed, state)
+
+    def _of_all_tokens(self, own: Routed) -> Routed:
+        """Sums in one message, where there are others to tell."""
+        counted = torch.cat((own.load, own.dropped[:, None], own.ties[:, None]), 1)
+        counted = self.reach.total(counted)
+        return Routed(counted[:, :-2], counted[:, -2], self.reach.mean(own.entropy), counted[:, -1])
 
     def _penalty(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor:
         """(batch,) balance and z losses of each sample."""
@@ -176,10 +202,11 @@ class Router(nn.Module):
         penalty = logits.new_zeros(len(logits))
         if routing.balance != "none":
             shares = _shares(load) if self.share is None else self.share
-            mean = _distribution(scores).mean(1)
+            mean = self.reach.mean(_distribution(scores).mean(1))
             penalty = penalty + routing.balance_weight * routing.experts * (mean * shares).sum(-1)
         if routing.z_weight:
-            penalty = penalty + routing.z_weight * logits.logsumexp(-1).square().mean(-1)
+            square = logits.logsumexp(-1).square().mean(-1)
+            penalty = penalty + routing.z_weight * self.reach.mean(square)
         return penalty
 
 

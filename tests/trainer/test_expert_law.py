@@ -20,11 +20,14 @@ pytestmark = pytest.mark.timeout(600)
 
 EXACT = 1e-5
 EXPERTS = "model.experts=8"
+# Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
+UNBOUND = ["model.capacity=0", "model.balance=sequence"]
 # ranks -> name: changes
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     4: {
         "ep4": ["parallel.ep=4"],
         "fsdp4 ep2": ["parallel.ep=2", "train.microbatch=1", "train.checkpoint_activations=1"],
+        "fsdp2 cp2 ep2": ["parallel.ep=2", "parallel.cp=2", *UNBOUND],
     },
 }
 MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
@@ -32,6 +35,7 @@ MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
     4: {
         "hsdp 2x2 ep2": ["parallel.ep=2", "parallel.strategy=hsdp", "parallel.replicate=2"],
         "tp2 ep2": ["parallel.ep=2", "parallel.tp=2"],
+        "cp2 ep4 ring": ["parallel.ep=4", "parallel.cp=2", "parallel.context=ring", *UNBOUND],
     },
 }
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
@@ -60,10 +64,11 @@ def trained(folder: Path, by_ranks: dict[int, dict[str, list[str]]]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """The run of one rank."""
-    place = tmp_path_factory.mktemp("one") / "run"
-    runs.train_here(recipe(place, []))
-    return place
+    """Of the runs of one rank."""
+    folder: Path = tmp_path_factory.mktemp("one")
+    for name, changes in {"plain": [], "cut": UNBOUND}.items():
+        runs.train_here(recipe(folder / name, changes))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +92,10 @@ def hold(ours: Path, theirs: Path) -> None:
     for key in ("loss", "grad_norm"):
         errors[key] = runs.relative(runs.series(ours, key), runs.series(theirs, key))
     held, whole = runs.tensors(ours), runs.tensors(theirs)
-    # Gradients of experts are small beside others', and a factor in them would hide.
-    experts = [f"optimizer.blocks.{layer}.mixture.experts." for layer in range(2)]
-    for part in ("model.", "ema.", "optimizer.", "buffer.", *experts):
+    # Gradients of mixtures are small beside others', and a factor in them would hide.
+    mixtures = [f"optimizer.blocks.{layer}.mixture." for layer in range(2)]
+    parts = [f"{mixture}{own}" for mixture in mixtures for own in ("experts.", "router.")]
+    for part in ("model.", "ema.", "optimizer.", "buffer.", *parts):
         errors[part] = runs.distance(held, whole, part)
     assert max(errors.values()) <= EXACT, errors
     for one, other in zip(routing(ours), routing(theirs), strict=True):
@@ -108,13 +114,13 @@ def drawn(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_over_ranks_train_what_one_rank_trains(folder, one, name):
-    hold(folder / name, one)
+    hold(folder / name, one / ("cut" if "cp2" in name else "plain"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_NAMES)
 def test_more_layouts_train_what_one_rank_trains(more, one, name):
-    hold(more / name, one)
+    hold(more / name, one / ("cut" if "cp2" in name else "plain"))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,22 @@ def test_more_layouts_train_what_one_rank_trains(more, one, name):
 def test_what_cannot_be_divided_is_refused(tmp_path, changes, ranks, sentence):
     with pytest.raises(UserError, match=sentence):
         plan(recipe(tmp_path, ["train.batch=12", *changes]), ranks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["parallel.cp=2"], r"parallel\.cp = 2 cuts sequences, and model\.capacity compares"),
+        (
+            ["parallel.cp=2", "model.capacity=0", "model.bias_rate=0", "model.chooser=experts"],
+            r"model\.chooser = experts compares all tokens",
+        ),
+        (["parallel.tp=2", "parallel.sequence=true"], r"parallel\.sequence = true cuts tokens"),
+    ],
+)
+def test_routers_that_need_whole_sequences_are_not_given_parts(tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(recipe(tmp_path, changes), 2)
 
 
 def test_models_without_experts_are_refused(tmp_path):
