@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from flows.initialise import Rule
 from parallel import processes
@@ -23,11 +24,14 @@ from tests.distributed.harness import run_ranks
 from tests.parallel import scenario
 from tests.trainer import families
 from trainer.assembly import build_objective, plan
+from trainer.drawing import calls_parts, draw_samples, find_shared
+from trainer.recipe import Recipe
 from trainer.running import open_loader
 
 EXACT, NORM = 1e-5, 1e-6
 CPU = torch.device("cpu")
 STEPS, RATE, STD = 4, 1e-3, 0.05
+KEEP = Recompute(0)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dit, dyt and peri": {
@@ -64,6 +68,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "position": "learned", "conditioned": "all",
         },
     },
+    "dit, four heads": {
+        "model": {"patch": 2, "width": 32, "depth": 2, "heads": 4, "qk_norm": True, "rope": True},
+    },
     "token_dit": {
         "model": {"family": "token_dit", "width": 32, "depth": 2, "heads": 2, "levels": 5},
     },
@@ -79,11 +86,16 @@ WAYS = [
 ]
 
 
+DRAWN = ("dit", "mmdit", "tarflow", "volume-preserving", "starflow", "jet")
+
+
 def key(name: str, sequence: bool) -> str:
     return f"{name}{' in sequence' if sequence else ''}"
 
 
-def trained(name: str, ranks: int, **layout: Any) -> dict[str, Any]:
+def trained(
+    name: str, ranks: int, recompute: Recompute = KEEP, compile: bool = False, **layout: Any
+) -> dict[str, Any]:
     """First weights, and what `STEPS` steps from large ones made of them."""
     recipe = families.recipe(name, Path("/nowhere", name), own=CASES[name])
     made, laid = plan(recipe, 1), resolve_layout(None, None, None, ranks, **layout)
@@ -91,14 +103,26 @@ def trained(name: str, ranks: int, **layout: Any) -> dict[str, Any]:
         model = made.model.build()
     engine = native.build(
         model, laid, build_mesh(laid, CPU), device=CPU, seed=1, precision="fp32",
-        checkpoint_activations=Recompute(0), compile=False, reshard_after_forward=True, offload=False,
+        checkpoint_activations=recompute, compile=compile, reshard_after_forward=True, offload=False,
         optimizer=scenario.adamw, clock=Clock(CPU),
     )  # fmt: skip
     first = scenario.whole(engine.parameters())
     rules = {parameter: Rule.normal(STD) for parameter in engine.parameters()}
     fill_parameters(engine.parameters(), rules, seed=5)
     with open_loader(made, engine.data_rank, engine.data_size, CPU) as loader:
-        return {"first": first} | steps(engine, build_objective(recipe), loader)
+        found = {"first": first} | steps(engine, build_objective(recipe), loader)
+    return found | ({"drawn": drawn(engine, recipe)} if name in DRAWN else {})
+
+
+def drawn(engine: NativeEngine, recipe: Recipe) -> Tensor:
+    """Samples as a training draws them, the same on every rank."""
+
+    def draw(model: nn.Module) -> Tensor:
+        shared = find_shared(model, recipe, CPU, batch=4)
+        ids = torch.arange(4)
+        return draw_samples(model, recipe, ids, CPU, batch=4, as_images=False, shared=shared).images
+
+    return engine.run(draw, whole=calls_parts(recipe))
 
 
 def steps(engine: NativeEngine, objective: Any, loader: Any) -> dict[str, Any]:
@@ -135,6 +159,32 @@ def one() -> dict[str, Any]:
     return found
 
 
+# On two by two ranks, tokens divided by cp and then by tp.
+ALONGSIDE: dict[str, dict[str, Any]] = {
+    "dit": {"context": "ring", "sequence": True},
+    "dit, four heads": {"context": "ulysses", "sequence": True},
+    "tarflow, post": {"context": "ring", "sequence": True, "recompute": Recompute(1, "products")},
+    "starflow": {"context": "ring", "sequence": True, "recompute": Recompute(1)},
+    "mmdit": {"context": "ring"},
+    "jet": {"context": "ring", "sequence": True},
+}
+COMPILED = ("dit", "starflow", "mmdit")
+
+
+def on_four_ranks(ranks: Ranks) -> dict[str, Any]:
+    return {
+        name: trained(name, ranks.world_size, tp=2, cp=2, **ways)
+        for name, ways in ALONGSIDE.items()
+    }
+
+
+def compiled_on_two_ranks(ranks: Ranks) -> dict[str, Any]:
+    return {
+        name: trained(name, ranks.world_size, tp=2, sequence=True, compile=True)
+        for name in COMPILED
+    }
+
+
 def errors(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     # Likelihoods pass through zero, where nothing is relative to them.
     losses = (ours["losses"] - theirs["losses"]).abs().max() / theirs["losses"].abs().mean()
@@ -145,13 +195,26 @@ def errors(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def hold(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    found = errors(ours, theirs)
+    assert found["losses"] <= EXACT
+    assert found["norms"] <= NORM
+    assert found["weights"] <= EXACT
+
+
 @pytest.mark.parametrize(("name", "sequence"), WAYS)
 def test_ranks_that_share_products_train_as_one_does(one, two, name, sequence):
     for rank in two:
-        found = errors(rank[key(name, sequence)], one[name])
-        assert found["losses"] <= EXACT
-        assert found["norms"] <= NORM
-        assert found["weights"] <= EXACT
+        hold(rank[key(name, sequence)], one[name])
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", DRAWN)
+def test_samples_are_those_of_one_device(one, two, name, sequence):
+    expected = one[name]["drawn"]
+    assert expected.std() > 0.1
+    for rank in two:
+        assert scenario.relative_norm(rank[key(name, sequence)]["drawn"], expected) <= EXACT
 
 
 @pytest.mark.parametrize(("name", "sequence"), WAYS)
@@ -166,3 +229,17 @@ def test_the_law_notices_gradients_of_a_part_of_the_work(one, two):
     found = errors(two[0]["never summed"], one["lightningdit"])
     assert found["norms"] > 100 * NORM
     assert found["weights"] > 10 * EXACT
+
+
+@pytest.mark.slow
+def test_products_and_sequences_may_be_shared_at_once(one):
+    for rank in run_ranks(on_four_ranks, 4, timeout=250.0):
+        for name, found in rank.items():
+            hold(found, one[name])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_share_products_and_tokens(one):
+    for rank in run_ranks(compiled_on_two_ranks, 2, timeout=280.0):
+        for name, found in rank.items():
+            hold(found, one[name])
