@@ -32,11 +32,13 @@ def shard_model(
     offload: bool,
     apart: Sequence[nn.Module] = (),
     apart_mesh: DeviceMesh | None = None,
+    uncut: set[nn.Parameter] | None = None,
 ) -> None:
     """Cut each block, then the rest of the model, in place; parameters become DTensors.
 
     mesh: one axis, along which parameters are cut, or two: along the first lie copies (HSDP)
     apart, apart_mesh: modules within blocks that are cut over other ranks
+    uncut: parameters that stay whole, and are none of FSDP's business
     offload: shards lie on the host and are copied to the device as they are gathered; gradients go back
     """
     quiet()
@@ -45,7 +47,12 @@ def shard_model(
 
     def cut(module: nn.Module, reshard: bool, over: DeviceMesh = mesh) -> None:
         fully_shard(
-            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, offload_policy=where
+            module,
+            mesh=over,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            offload_policy=where,
+            ignored_params=uncut,
         )
 
     for module in apart:

@@ -67,14 +67,17 @@ def resolve_layout(
     context: Context = "ulysses",
     sequence: bool = False,
     ep: int = 1,
+    pp: int = 1,
 ) -> Layout:
     """Fill in what was left to be inferred, and check the whole; needs no process group.
 
+    pp: ranks of a pipeline; below, `world_size` is that of those with the same place in theirs
     strategy: how the model lies over the ranks that do not share matrix products, which are `world_size
         / tp`; None for "none" where that is one rank, and "fsdp" where they are several
     replicate, shard: None to be inferred; their product is `world_size / (tp * cp)`
     Raises UserError with the values that would work.
     """
+    world_size = _pipelines(world_size, pp)
     ranks = _data_ranks(world_size, tp, cp)
     chosen = strategy or ("none" if ranks * cp == 1 else "fsdp")
     if chosen not in get_args(Strategy):
@@ -94,7 +97,7 @@ def resolve_layout(
     _check_ep(chosen, shard * cp, ep)
     return Layout(
         chosen,
-        pp=1,
+        pp=pp,
         replicate=replicate,
         shard=shard,
         cp=cp,
@@ -103,6 +106,16 @@ def resolve_layout(
         sequence=sequence,
         ep=ep,
     )
+
+
+def _pipelines(world_size: int, pp: int) -> int:
+    """Ranks that have the same place in their pipelines."""
+    if world_size % pp:
+        fits = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise UserError(
+            f"parallel.pp = {pp} does not divide {_ranks(world_size)}; it may be {fits}."
+        )
+    return world_size // pp
 
 
 def _check_ep(strategy: str, ranks: int, ep: int) -> None:

@@ -7,7 +7,7 @@ split of the autograd graph in torch 2.13 fails where a block's condition reache
 norms do.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,10 +30,12 @@ class KeepsBack(Protocol):
 class Deferred:
     """What the backwards of one stage have kept back since it was last taken."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Divide the backward of `module`, whose linear layers are changed in place."""
+    def __init__(self, module: nn.Module, undivided: Container[nn.Module] = ()) -> None:
+        """Divide the backward of `module`, whose linear layers are changed in place but for `undivided`."""
         self._kept: list[Callable[[], None]] = []
         for part in module.modules():
+            if part in undivided:
+                continue
             if isinstance(part, KeepsBack):
                 part.keep_back(self._kept.append)
             elif type(part) is nn.Linear:
@@ -55,7 +57,7 @@ class Deferred:
 
 
 def _linear(layer: nn.Linear, keep: KeepBack, x: Tensor) -> Tensor:
-    result: Tensor = _Linear.apply(x, layer.weight, layer.bias, layer, keep)
+    result: Tensor = _Linear.apply(x, layer.weight, layer.bias, keep)
     return result
 
 
@@ -63,16 +65,12 @@ class _Linear(Function):
     """y = x W^T + b, in whatever precision the matrix product of the forward has."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear, keep: KeepBack
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: KeepBack) -> Tensor:
         y = F.linear(x, weight, bias)
         ctx.save_for_backward(x.to(y.dtype), weight)
-        ctx.layer, ctx.keep, ctx.types = (
-            layer,
-            keep,
-            (x.dtype, bias if bias is None else bias.dtype),
-        )
+        # The very parameter, for FSDP may have put a shard in the layer by the time of its gradient.
+        ctx.weight, ctx.keep = weight, keep
+        ctx.types = x.dtype, bias if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -85,13 +83,12 @@ class _Linear(Function):
         if ctx.needs_input_grad[2]:
             for_bias = gradient.flatten(0, -2).sum(dim=0).to(ctx.types[1])
         if ctx.needs_input_grad[1]:
-            ctx.keep(partial(_add_product, ctx.layer, gradient, x))
-        return for_x, None, for_bias, None, None
+            ctx.keep(partial(_add_product, ctx.weight, gradient, x))
+        return for_x, None, for_bias, None
 
 
-def _add_product(layer: nn.Linear, gradient: Tensor, x: Tensor) -> None:
+def _add_product(weight: Tensor, gradient: Tensor, x: Tensor) -> None:
     """The weight's gradient, added to what it has."""
-    weight = layer.weight
     product = (gradient.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
     if weight.grad is None:
         weight.grad = product

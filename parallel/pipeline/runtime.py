@@ -40,7 +40,7 @@ class Stage(PipelineStage):
     ) -> None:
         self._first, self._last = held[1] == 0, held[1] + 1 == schedule.stages
         split = any(action.work is Work.INPUT for row in schedule.actions for action in row)
-        self._deferred = Deferred(module) if split else None
+        self._deferred = Deferred(module, getattr(module, "undivided", ())) if split else None
         super().__init__(
             module,
             index_of(schedule, held),
@@ -149,7 +149,7 @@ class Runtime(_PipelineScheduleRuntime):
         stage.perform_reduce_grad(1)
         if self._pair is None:
             return
-        gradients = [_local(p.grad) for p in stage.submod.parameters() if p.grad is not None]
+        gradients = [_local(p.grad) for p in _own(stage.submod) if p.grad is not None]
         if gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             work = dist.all_reduce(flat, group=self._pair, async_op=True)
@@ -246,6 +246,12 @@ def _pair_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     own = dist.get_rank(group)
     pair = sorted({ranks[own], ranks[len(ranks) - 1 - own]})
     return cast(dist.ProcessGroup, dist.new_group(pair, use_local_synchronization=True))
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that this stage alone uses on this rank."""
+    others = {p for shared in getattr(module, "undivided", ()) for p in shared.parameters()}
+    return [parameter for parameter in module.parameters() if parameter not in others]
 
 
 def _local(tensor: Tensor) -> Tensor:

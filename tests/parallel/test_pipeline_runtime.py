@@ -117,7 +117,7 @@ def _steps(ranks: Ranks, name: str) -> list[tuple[float, dict[str, Tensor]]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_schedule_gives_the_gradients_of_one_rank(world_size: int) -> None:
     names = list(NAMES)
     expected = one_rank()

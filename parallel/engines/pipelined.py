@@ -1,0 +1,338 @@
+"""The engine of a model whose links lie over the ranks of `pp`, as a schedule says.
+
+The gradient is that of the native engine: (sum of per-sample losses over all ranks) / global batch. All
+ranks of a pipeline have the same samples and draw the same noise; the first stage's go into the network, the
+last stage's results are compared. Of the weights, those of links lie on one rank of the pipeline (on two
+where the schedule has two directions); those by which the condition is computed lie on all, and each rank
+has the part of their gradient that comes from its own stages. Over data ranks parameters are cut by FSDP,
+or are copies, whose gradients are averaged here.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from flows.batch import Batch
+from flows.initialise import rules_of
+from flows.objectives.objective import Objective, Prepared
+from flows.randomness import Draw
+from parallel.activation import Recompute, checkpoint_blocks
+from parallel.clock import Clock
+from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
+from parallel.engines.native import NativeEngine
+from parallel.fsdp import shard_model
+from parallel.gradients import EPSILON, gradient_norm, sum_partial
+from parallel.initialise import fill_parameters
+from parallel.mesh import DATA_AXES, PEER_AXES, Layout, averaging_mesh, data_rank, groups_along
+from parallel.parallelize import ParallelModel
+from parallel.pieces import local_part, whole_tensor
+from parallel.pipeline.cut import Bounds, cut
+from parallel.pipeline.part import Chainable, Part
+from parallel.pipeline.runtime import Held, Runtime
+from parallel.pipeline.schedule import Schedule
+from parallel.precision import Precision, computing, gather_policy
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model over the ranks of one pipeline, as one of them holds it.
+
+    single: the model as one device has it, on the meta device
+    parts: (direction, stage) -> what this rank computes
+    parameters: single-device name -> parameter, as far as this rank holds it
+    told: names of those by which conditions are computed, which are on every rank
+    counted: names of those whose gradients this rank counts in the norm, so that none is counted twice
+    owners: single-device name -> the rank of the pipeline that gives the parameter to others
+    """
+
+    single: nn.Module
+    parts: dict[Held, Part]
+    parameters: dict[str, nn.Parameter]
+    told: tuple[str, ...]
+    counted: tuple[str, ...]
+    owners: dict[str, int]
+
+
+class PipelinedEngine(NativeEngine):
+    """See `parallel.engines.engine.Engine`."""
+
+    def __init__(
+        self, pipeline: Pipeline, schedule: Schedule, layout: Layout, mesh: DeviceMesh, **rest: Any
+    ) -> None:
+        """rest: of `NativeEngine`"""
+        parts = nn.ModuleList(pipeline.parts.values())
+        rest["optimizer"] = partial(_apart, rest["optimizer"])
+        super().__init__(ParallelModel(parts, parts, pipeline.parameters, {}), **rest)
+        self._pipeline, self._pp = pipeline, mesh.get_group("pp")
+        self._cut_over_data = layout.strategy in ("fsdp", "hsdp")
+        self._losses: dict[int, Tensor] = {}
+        self._global_batch = 1
+        self._objective: Objective | None = None
+        self._runtime = Runtime(
+            schedule, pipeline.parts, self._loss, group=self._pp, device=self.device
+        )
+
+    def forward_backward(
+        self,
+        microbatches: Sequence[Batch],
+        objective: Objective,
+        seed: int,
+        step: int,
+        global_batch: int,
+    ) -> StepResult:
+        self._objective, self._global_batch = objective, global_batch
+        with self._clock.phase("forward"):
+            prepared = [
+                objective.prepare(batch, Draw(seed, step, batch.position)) for batch in microbatches
+            ]
+        with self._clock.phase("backward"):
+            # Forwards and backwards take turns.
+            compared = self._runtime.run(
+                [(one.inputs["x"],) for one in prepared],
+                [_without(one.inputs, "x") for one in prepared],
+                list(enumerate(prepared)),
+            )
+            self._sum_gradients()
+        times = [one.time for one in prepared if one.time is not None]
+        time = torch.cat(times) if times else None
+        return StepResult(self._gathered(microbatches, compared.keys()), time)
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        with self._clock.phase("gradient_norm"), torch.no_grad():
+            own = self._pipeline.parameters
+            squares = gradient_norm(own[name] for name in self._pipeline.counted).square()
+            squares = squares.to(self.device)
+            dist.all_reduce(squares, group=self._pp)
+            norm = squares.sqrt()
+            gradients = [local_part(p.grad) for p in own.values() if p.grad is not None]
+            if max_norm is not None:
+                torch._foreach_mul_(gradients, (max_norm / (norm + EPSILON)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
+        """The network is put together on every rank meanwhile, whether `whole` is asked for or not."""
+        del whole
+        with computing(self._precision, self.device):
+            return function(self._copy().eval())
+
+    def _loss(self, outputs: Any, target: tuple[int, Prepared]) -> Tensor:
+        """Of one microbatch, scaled as gradients are to be; the samples' own losses are kept."""
+        number, prepared = target
+        assert self._objective is not None
+        loss = self._objective.loss(outputs, prepared.targets)
+        self._losses[number] = loss.detach()
+        return loss.sum() * (self.data_size / self._global_batch)
+
+    def _gathered(self, microbatches: Sequence[Batch], compared: Collection[int]) -> Tensor:
+        """(local batch,) losses, which the ranks with a last stage tell the others.
+
+        compared: the numbers of the microbatches whose last stage is here
+        """
+        losses = [
+            self._losses[number]
+            if number in compared
+            else torch.zeros(len(batch), device=self.device)
+            for number, batch in enumerate(microbatches)
+        ]
+        line = torch.cat(losses)
+        dist.all_reduce(line, group=self._pp)
+        return line
+
+    def _sum_gradients(self) -> None:
+        """Of conditions over the pipeline; of whatever is not cut over data ranks, over these."""
+        own, told = self._pipeline.parameters, self._pipeline.told
+        for name in told:
+            if own[name].grad is None:  # no stage here uses it
+                own[name].grad = torch.zeros_like(own[name])
+        sum_partial([own[name] for name in told], self._pp)
+        copied = [own[name] for name in own if name in told or not self._cut_over_data]
+        for group in self._data_groups:
+            sum_partial(copied, group)
+        if copied and self.data_size > 1:
+            gradients = [p.grad for p in copied if p.grad is not None]
+            torch._foreach_div_(gradients, float(self.data_size))
+
+    def _copy(self) -> nn.Module:
+        """The model as one device has it, with the weights of now; a collective."""
+        copy = deepcopy(self._pipeline.single).to_empty(device=self.device)
+        ranks = dist.get_process_group_ranks(self._pp)
+        for name, parameter in copy.named_parameters():
+            owner = self._pipeline.owners[name]
+            if dist.get_rank(self._pp) == owner:
+                parameter.copy_(whole_tensor(self._pipeline.parameters[name]))
+            dist.broadcast(parameter, src=ranks[owner], group=self._pp)
+        cast(Chainable, copy).reset_buffers()
+        return copy
+
+
+class Together(torch.optim.Optimizer):
+    """Several fused optimizers that step or skip as one: a kernel takes DTensors or tensors, not both."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor
+    _step_supports_amp_scaling = True
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = [require_fused(optimizer) for optimizer in optimizers]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return {key: of for optimizer in self._optimizers for key, of in optimizer.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self._optimizers:
+            optimizer.grad_scale = self.grad_scale  # type: ignore[attr-defined]
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+            optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+def _apart(
+    factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """One optimizer for what is cut over data ranks, another for what is not."""
+    cut_ones = [isinstance(parameter, DTensor) for _, parameter in named]
+    if len(set(cut_ones)) == 1:
+        return factory(named)
+    halves = [
+        [one for one, is_cut in zip(named, cut_ones, strict=True) if is_cut is wanted]
+        for wanted in (True, False)
+    ]
+    return Together([factory(half) for half in halves])
+
+
+def lay_pipeline(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    layout: Layout,
+    schedule: Schedule,
+    costs: Sequence[float],
+    *,
+    device: torch.device,
+    seed: int,
+    precision: Precision,
+    checkpoint_activations: Recompute,
+) -> Pipeline:
+    """Cut `model`, on the meta device, by the costs of its links, and draw this rank's weights."""
+    rank = mesh.get_local_rank("pp")
+    rules = rules_of(cast(Chainable, model))
+    bounds = cut(costs, schedule.places[0])
+    context = partial(computing, precision, device)
+    parts = {
+        held: Part(deepcopy(model), bounds[held[1]], bounds[held[1] + 1], context)
+        for held in schedule.local(rank)
+    }
+    first, *others = parts.values()
+    for part in others:
+        part.share(first)
+    named = [(part, [name for name, _ in part.model.named_parameters()]) for part in parts.values()]
+    for part in parts.values():
+        checkpoint_blocks(part.model, part.blocks, checkpoint_activations)
+        if layout.strategy in ("fsdp", "hsdp"):
+            _cut_over_data(part, mesh, layout, precision)
+        part.model.to_empty(device=device)
+    parameters: dict[str, nn.Parameter] = {}
+    for part, names in named:
+        # Wrapping adds prefixes to names but keeps the order of parameters.
+        parameters |= dict(zip(names, part.model.parameters(), strict=True))
+        cast(Chainable, part.model).reset_buffers()
+    fill_parameters(parameters, rules, seed)
+    owners = _owners(cast(Chainable, model), schedule, bounds)
+    told = tuple(name for name in parameters if name.startswith(_tells(cast(Chainable, model))))
+    counted = tuple(name for name in parameters if owners[name] == rank)
+    return Pipeline(model, parts, parameters, told, counted, owners)
+
+
+def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Precision) -> None:
+    """Blocks stay gathered between microbatches, which all need them."""
+    shard_model(
+        part,
+        part.blocks,
+        averaging_mesh(mesh, layout),
+        policy=gather_policy(precision),
+        reshard_after_forward=False,
+        offload=False,
+        uncut={weight for module in part.told.values() for weight in module.parameters()},
+    )
+
+
+def _owners(model: Chainable, schedule: Schedule, bounds: Bounds) -> dict[str, int]:
+    """Single-device name -> the rank of the downward replica; the first for what is on all."""
+    links = model.chain().links
+    stages = range(schedule.stages)
+    owners = {}
+    for name, _ in model.named_parameters():
+        owners[name] = 0
+        for stage in stages:
+            held = links[bounds[stage] : bounds[stage + 1]]
+            if name.startswith(tuple(prefix for link in held for prefix in link.holds)):
+                owners[name] = schedule.places[0][stage]
+    return owners
+
+
+def _tells(model: Chainable) -> tuple[str, ...]:
+    return model.chain().tells
+
+
+def _without(inputs: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key != name}
+
+
+def build(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    schedule: Schedule,
+    costs: Sequence[float],
+    *,
+    device: torch.device,
+    seed: int,
+    precision: Precision,
+    checkpoint_activations: Recompute,
+    optimizer: OptimizerFactory,
+    clock: Clock,
+) -> PipelinedEngine:
+    """The engine of a model on the meta device that has a chain, cut by the costs of its links."""
+    pipeline = lay_pipeline(
+        model,
+        mesh,
+        layout,
+        schedule,
+        costs,
+        device=device,
+        seed=seed,
+        precision=precision,
+        checkpoint_activations=checkpoint_activations,
+    )
+    return PipelinedEngine(
+        pipeline,
+        schedule,
+        layout,
+        mesh,
+        device=device,
+        data_rank=data_rank(mesh),
+        data_size=layout.data_size,
+        data_groups=groups_along(mesh, DATA_AXES),
+        peer_groups=groups_along(mesh, ("pp", *PEER_AXES)),
+        precision=precision,
+        compiled=False,
+        reshard_after_forward=False,
+        optimizer=optimizer,
+        clock=clock,
+    )
