@@ -82,11 +82,6 @@ def check_division(model: nn.Module, layout: Layout) -> None:
         )
     if not layout.sequence:
         return
-    if not hasattr(model, "regions"):
-        raise UserError(
-            f"parallel.sequence = true cuts tokens, and a {type(model).__name__} does not say where they may "
-            "be cut; use parallel.sequence=false, or another model.family."
-        )
     for region in cast(Divisible, model).regions():
         for key, tokens in region.parts.items():
             if not region.causal and tokens // cp % tp:

@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from flows.errors import UserError
 from flows.models.dit import DiT, DiTConfig
-from flows.models.dit_moe import DiTMoE, DiTMoEConfig
 from parallel.mesh import Layout, build_mesh, resolve_layout
 from parallel.pieces import local_part
 from parallel.processes import Ranks
@@ -278,17 +277,6 @@ def test_what_does_not_come_out_even_is_refused(degrees, sentence):
     else:
         with pytest.raises(UserError, match=sentence):
             check_division(model, layout)
-
-
-def test_tokens_of_a_model_that_does_not_say_where_are_not_cut():
-    config = DiTMoEConfig(
-        image_size=8, channels=1, classes=5, patch=2, width=16, depth=1, heads=2, experts=2
-    )
-    with torch.device("meta"):
-        model = DiTMoE(config)
-    layout = resolve_layout(None, None, None, 2, tp=2, sequence=True)
-    with pytest.raises(UserError, match="a DiTMoE does not say where"):
-        check_division(model, layout)
 
 
 def on_eight_ranks(ranks: Ranks) -> dict[str, Any]:

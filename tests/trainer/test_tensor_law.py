@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = families.TINY | OPTIONS
-# Experts choose among the tokens of a sample, which therefore stay together.
+# Routers do not know of tokens that are cut over tp, and are refused under it.
 WITHOUT_SEQUENCE = {"dit_moe"}
 WAYS = [
     (name, sequence)
