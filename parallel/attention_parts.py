@@ -17,11 +17,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST = torch.finfo(torch.float32).min
-# The fused kernels of CUDA write logsumexps in rows of this many.
-ROW = 32
+# The fused kernel of CUDA takes heads of multiples of this width, and pads logsumexps to rows of this many.
+WIDTHS, ROW = 8, 32
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ def attend_part(
         return Part(
             *aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
         )
-    if mask is None and query.device.type == "cuda":
+    if mask is None and _fused_on_cuda(query):
         return _attend_cuda(query, key, value, causal)
     logits, value = _logits(query, key, mask, causal), _shared(value, query).float()
     lse = logits.logsumexp(-1)
@@ -72,7 +73,7 @@ def part_gradients(
                 gradient, query, key, value, whole.out, whole.lse, 0.0, causal
             )
         )
-    if mask is None and query.device.type == "cuda":
+    if mask is None and _fused_on_cuda(query):
         return _gradients_cuda(gradient, query, key, value, whole, causal)
     keys, values = _shared(key, query).float(), _shared(value, query).float()
     weights = _weights(_logits(query, key, mask, causal), whole.lse)
@@ -123,6 +124,10 @@ def _unshared(gradient: Tensor, heads: Tensor) -> Tensor:
     return summed.to(heads.dtype)
 
 
+def _fused_on_cuda(query: Tensor) -> bool:
+    return query.device.type == "cuda" and query.shape[-1] % WIDTHS == 0
+
+
 def _attend_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Part:
     """Not run by the tests, which have no CUDA device: the fused kernel that has all dtypes."""
     key, value = _shared(key, query), _shared(value, query)
@@ -137,7 +142,8 @@ def _gradients_cuda(
 ) -> Gradients:
     """The backward of `_attend_cuda`; its last numbers say how dropout was drawn, and none was."""
     keys, values = _shared(key, query), _shared(value, query)
-    rows = torch.nn.functional.pad(whole.lse, (0, -whole.lse.shape[-1] % ROW))
+    # As the forward pads them: no query there has a weight.
+    rows = F.pad(whole.lse, (0, -whole.lse.shape[-1] % ROW), value=torch.inf).contiguous()
     drawn = torch.zeros((), dtype=torch.int64, device=query.device)
     found = aten._scaled_dot_product_efficient_attention_backward(
         gradient, query, keys, values, None, whole.out, rows, drawn, drawn, 0.0,

@@ -46,13 +46,9 @@ TWO: Cells = {
     "starflow, ring, after one rank": {"parallel": RING},
 }  # fmt: skip
 FOUR: Cells = {
-    "dit, ring, fsdp": {"parallel": RING | {"shard": 2}},
     "mmdit, ulysses, fsdp": {"parallel": {"cp": 2, "shard": 2}},
     "starflow, ring, tp": {"parallel": RING | {"tp": 2}},
-    "dit of four heads, ulysses, tp, tokens": {
-        "model": {"heads": 4}, "parallel": {"cp": 2, "tp": 2, "sequence": True}
-    },
-}  # fmt: skip
+}
 COMPILED: Cells = {
     "mmdit, ulysses, compiled": {"parallel": {"cp": 2}, "train": {"compile": True}},
     "starflow, ring, compiled, recomputed": {
@@ -60,6 +56,10 @@ COMPILED: Cells = {
     },
 }  # fmt: skip
 MORE: Cells = {
+    "dit, ring, fsdp": {"parallel": RING | {"shard": 2}},
+    "dit of four heads, ulysses, tp, tokens": {
+        "model": {"heads": 4}, "parallel": {"cp": 2, "tp": 2, "sequence": True}
+    },
     "tarflow, ulysses, fsdp": {"parallel": {"cp": 2, "shard": 2}},
     "starflow, ring, fsdp": {"parallel": RING | {"shard": 2}},
     "jet, ulysses, fsdp": {"parallel": {"cp": 2, "shard": 2}},
@@ -69,7 +69,7 @@ MORE: Cells = {
     "mmdit, ring, tp": {"parallel": RING | {"tp": 2}},
     "tarflow, ring, tp, tokens": {"parallel": RING | {"tp": 2, "sequence": True}},
     "jet, ring, tp": {"parallel": RING | {"tp": 2}},
-}
+}  # fmt: skip
 
 
 def recipe(cell: str, folder: Path, keys: dict[str, dict[str, Any]]) -> Recipe:
