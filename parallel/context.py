@@ -13,7 +13,7 @@ chain backwards turns it round outside of the region, between a gather and a cut
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -27,6 +27,7 @@ from flows.models.division import Region
 from parallel.mesh import Context
 from parallel.regions import Deal, gather_summed
 from parallel.ring import ring_attention
+from parallel.tensor import Divisible, divisors
 from parallel.ulysses import ulysses_attention
 
 
@@ -38,26 +39,20 @@ class Attending(Protocol):
 
 def check_context(model: nn.Module, cp: int, way: Context, tp: int) -> None:
     """Raise UserError unless sequences and heads of a model can be cut; opens no process group."""
-    regions: Callable[[], Sequence[Region]] | None = getattr(model, "regions", None)
-    if regions is None:
-        raise UserError(
-            f"parallel.cp = {cp} cuts sequences, and a {type(model).__name__} is no model that says where "
-            "its may be cut; use parallel.cp = 1, or another model.family."
-        )
-    for region in regions():
+    for region in cast(Divisible, model).regions():
         if not region.causal:
             for key, tokens in region.parts.items():
                 if tokens % cp:
                     raise UserError(
                         f"parallel.cp = {cp} does not divide {key} = {tokens} tokens; use "
-                        f"{_divisors(tokens)}, or another number of tokens."
+                        f"{divisors(tokens)}, or another number of tokens."
                     )
         for key, heads in region.heads.items():
             if way == "ulysses" and heads % (tp * cp):
                 over = f"parallel.cp = {cp}" if tp == 1 else f"parallel.tp x cp = {tp} x {cp}"
                 raise UserError(
                     f"{over} does not divide {key} = {heads}, and parallel.context = ulysses gives each rank "
-                    f"whole heads; use {_divisors(heads)}, or parallel.context=ring."
+                    f"whole heads; use {divisors(heads)}, or parallel.context=ring."
                 )
 
 
@@ -117,8 +112,3 @@ def _share_arguments(
 
 def _gather_result(deal: Deal, _module: nn.Module, _arguments: object, result: Tensor) -> Tensor:
     return gather_summed(result, deal)
-
-
-def _divisors(number: int) -> str:
-    fits = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return f"{', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}"

@@ -197,7 +197,6 @@ def test_compiled_blocks_train_and_draw_what_one_rank_does(one, compiled, cell):
             4,
             "parallel.tp x cp = 2 x 2 does not divide model.heads = 2",
         ),
-        ("dit_moe", {"cp": 2}, 2, "parallel.cp = 2 cuts sequences, and a DiTMoE"),
         ("dit", {"cp": 2}, 3, "parallel.cp = 2 does not divide 3 ranks"),
     ],
 )
