@@ -144,7 +144,8 @@ def _kept(
 ) -> int:
     """Bytes that a forward of one microbatch leaves, of a model whose weights are all there."""
     objective, cpu = build_objective(recipe), torch.device("cpu")
-    whole = replace(layout, strategy="none")
+    # Where loads are balanced, as many tokens come to a rank's experts as leave for those of others.
+    whole = replace(layout, strategy="none", ep=1)
     with FakeTensorMode(), cpu:
         network = _laid_out(recipe, architecture.build(), mesh, whole, recompute).bare
         if recipe.train.precision == "bf16" and layout.strategy in ("fsdp", "hsdp"):

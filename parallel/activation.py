@@ -19,6 +19,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from flows.models.grouped import GROUPED_PRODUCT
+
 Keep = Literal["nothing", "products"]
 
 aten = torch.ops.aten
@@ -29,7 +31,7 @@ PRODUCTS = frozenset(
         aten.addmm.default,
         aten.bmm.default,
         aten.baddbmm.default,
-        aten._grouped_mm.default,
+        GROUPED_PRODUCT,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,

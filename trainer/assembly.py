@@ -14,7 +14,7 @@ from flows.dequantisation import Levels
 from flows.errors import UserError
 from flows.mixture import MixturePath
 from flows.models.dequantised import DequantiserConfig, dequantised
-from flows.models.dit_moe import DiTMoEConfig
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.family import Architecture, architecture
 from flows.models.zoo import FAMILIES
 from flows.objectives.boundary import Boundary
@@ -116,7 +116,7 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
         check_context(network, layout.cp, layout.context, layout.tp)
     check_routing(network, layout)
     if layout.ep > 1:
-        check_experts(network, layout.ep)
+        check_experts(network, layout.ep, compiled=recipe.train.compile)
 
 
 def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:

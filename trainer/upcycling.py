@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.dit import DiTConfig
-from flows.models.dit_moe import DiTMoEConfig
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.family import DATA_KEYS
 from flows.models.upcycling import mixture_keys, upcycled
 from trainer.assembly import model_architecture

@@ -7,186 +7,25 @@ It is cut by data: `blocks` is its repeated part, called as `block(x, condition,
 output_mask)` and returning a `Step`; routers that are recurrent hand their state from block to block.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flows.errors import UserError
 from flows.initialise import Rule, xavier_uniform
 from flows.models.attention import Attention
-from flows.models.dit import Final, TimeKind, adaln_zero, block_region, told_time
+from flows.models.chain import Chain, Link, Stream, Told
+from flows.models.dit import Final, adaln_zero, block_region, told_time
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
-from flows.models.feedforward import FeedForwardKind
-from flows.models.mixture import ALIGNMENT, Mixture
+from flows.models.mixture import Mixture
 from flows.models.norms import LayerNorm, gated_residual, modulated_norm
-from flows.models.refusals import check_heads, check_patches, check_position_table
-from flows.models.routers import Balance, Cell, Chooser, Gate, Router, RouterCell, Routing
+from flows.models.routers import Cell, Router, RouterCell
 from flows.routed import Mixed, Routed, stacked
-
-RATIO = 4
-SHARED_RATIO = 2
-
-
-@dataclass(frozen=True)
-class DiTMoEConfig:
-    """Everything that decides the network's shape and its routing; see `flows.models.routers.Routing`.
-
-    image_size: side of the square image (or latent) in pixels
-    channels: channels of the image
-    classes: classes without the null class, which is the label `classes`
-    patch: side of a patch in pixels
-    learn_sigma: the last layer gives two outputs a channel, as published; the second is unused
-    """
-
-    image_size: int
-    channels: int
-    classes: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    experts: int
-    chosen: int = field(default=2, metadata={"description": "experts that a token goes to"})
-    learn_sigma: bool = False
-    expert: FeedForwardKind = field(
-        default="swiglu",
-        metadata={"description": "swiglu, without biases; gelu: as the feed-forward of a DiT"},
-    )
-    expert_hidden: int = field(
-        default=0, metadata={"description": "width within an expert; 0: 4 width", "minimum": 0}
-    )
-    shared_hidden: int = field(
-        default=-1,
-        metadata={
-            "description": "width within the network of all tokens; -1: 2 width, 0: there is none",
-            "minimum": -1,
-        },
-    )
-    chooser: Chooser = field(
-        default="tokens",
-        metadata={"description": "who chooses: tokens their experts, or experts their tokens"},
-    )
-    gate: Gate = "softmax"
-    renormalise: bool = field(
-        default=False, metadata={"description": "the weights of a token's experts sum to one"}
-    )
-    gate_scale: float = field(default=1.0, metadata={"description": "times those weights"})
-    capacity: float = field(
-        default=0.0,
-        metadata={
-            "description": "places of an expert in a sample, over its equal share; what is too much is "
-            "dropped; 0: nothing is"
-        },
-    )
-    balance: Balance = field(
-        default="previous",
-        metadata={
-            "description": "balance loss by the loads of the previous step's batch, or of each sample "
-            "(sequence)"
-        },
-    )
-    balance_weight: float = field(default=0.01, metadata={"description": "of the balance loss"})
-    z_weight: float = field(
-        default=0.0, metadata={"description": "of the loss of large logits (0.001 as published)"}
-    )
-    bias_rate: float = field(
-        default=0.0,
-        metadata={"description": "a step's change of biases that balance choices; 0: none (0.001)"},
-    )
-    recurrent: int = field(
-        default=0,
-        metadata={"description": "width of the routers' recurrent state; 0: none", "minimum": 0},
-    )
-    mask_outputs: float = field(
-        default=0.0,
-        metadata={"description": "share of the experts' outputs masked in training (0.2 in NLLB)"},
-    )
-    time: TimeKind = field(
-        default="flow",
-        metadata={"description": "what the network is told: flow (t), reversed (1 - t), steps"},
-    )
-
-    def __post_init__(self) -> None:
-        check_patches(self.image_size, self.patch)
-        check_heads(self.width, self.heads)
-        check_position_table(self.width)
-        _check_routing(self)
-        for key, value in (
-            ("width", self.width),
-            ("expert_hidden", self.hidden),
-        ):
-            if value % ALIGNMENT:
-                raise UserError(
-                    f"model.{key} = {value} is not a multiple of {ALIGNMENT}, as the products of grouped "
-                    f"experts need; use {-(-value // ALIGNMENT) * ALIGNMENT}."
-                )
-
-    @property
-    def tokens(self) -> int:
-        return (self.image_size // self.patch) ** 2
-
-    @property
-    def outputs(self) -> int:
-        """Channels of the last layer, the unused ones included."""
-        return self.channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def hidden(self) -> int:
-        """Width within an expert."""
-        return self.expert_hidden or RATIO * self.width
-
-    @property
-    def shared(self) -> int:
-        """Width within the shared network, 0 where there is none."""
-        return SHARED_RATIO * self.width if self.shared_hidden < 0 else self.shared_hidden
-
-    @property
-    def slots(self) -> int:
-        """Numbers of a mask of one token in one layer."""
-        return self.chosen if self.chooser == "tokens" else self.experts
-
-    @property
-    def routing(self) -> Routing:
-        return Routing(
-            self.experts,
-            self.chosen,
-            self.chooser,
-            self.gate,
-            self.renormalise,
-            self.gate_scale,
-            self.capacity,
-            self.balance if self.chooser == "tokens" else "none",
-            self.balance_weight,
-            self.z_weight,
-            self.bias_rate,
-            self.recurrent,
-        )
-
-
-def _check_routing(config: DiTMoEConfig) -> None:
-    if config.chosen > config.experts:
-        raise UserError(
-            f"model.chosen = {config.chosen} is more than model.experts = {config.experts}; a token goes to "
-            f"at most {config.experts}."
-        )
-    if not 0.0 <= config.mask_outputs < 1.0:
-        raise UserError(
-            f"model.mask_outputs = {config.mask_outputs:g} is no share below 1; use 0.2, or 0 for none."
-        )
-    for key in ("capacity", "balance_weight", "z_weight", "bias_rate"):
-        if getattr(config, key) < 0:
-            raise UserError(f"model.{key} = {getattr(config, key):g} is below 0; use 0 for none.")
-    if config.gate_scale <= 0:
-        raise UserError(f"model.gate_scale = {config.gate_scale:g} is not above 0; use 1 for none.")
-    if config.chooser == "experts" and config.bias_rate:
-        raise UserError(
-            f"model.bias_rate = {config.bias_rate:g} balances what tokens choose, and with "
-            "model.chooser = experts every expert has as many; set model.bias_rate=0."
-        )
 
 
 class Step(NamedTuple):
@@ -277,25 +116,100 @@ class DiTMoE(nn.Module):
             while training alone, like a dropout
         returns (batch, channels, image_size, image_size), with what routers did in training mode
         """
-        config = self.config
-        time = self.time(told_time(t, config.time))
-        # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
-        condition = F.silu(time + self.label(label).to(time.dtype))
-        tokens = self.patches(patchify(x, config.patch).to(self.patches.weight.dtype))
-        tokens = tokens + self.position.to(tokens.dtype)
-        cell = self.cell.weights() if self.cell is not None else None
         mask = mask if self.training else None
-        masks = [None] * config.depth if mask is None else mask.unbind(1)
+        masks = _of_layers(mask, self.config.depth)
+        condition, tokens = self._condition(t, label), self._tokens(x)
+        cell = self.cell.weights() if self.cell is not None else None
         state, steps = None, []
         for block, own in zip(self.blocks, masks, strict=True):
             tokens, state, penalty, routed = block(tokens, condition, state, cell, own)
             steps.append((penalty, routed))
-        image = unpatchify(self.final(tokens, condition), config.patch, config.image_size)
-        prediction = image[:, : config.channels]
+        prediction = self._prediction(tokens, condition)
         if not self.training:
             return prediction
         penalties, layers = zip(*steps, strict=True)
         return Mixed(prediction, torch.stack(penalties).sum(0), stacked(list(layers)))
+
+    def _condition(self, t: Tensor, label: Tensor) -> Tensor:
+        """(batch, width) time and label, through the SiLU that all blocks share."""
+        time = self.time(told_time(t, self.config.time))
+        # The cast is for bfloat16: label rows gathered in it and rows rounded here are the same.
+        return F.silu(time + self.label(label).to(time.dtype))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(batch, channels, image_size, image_size) -> (batch, tokens, width), positions added."""
+        tokens: Tensor = self.patches(patchify(x, self.config.patch).to(self.patches.weight.dtype))
+        return tokens + self.position.to(tokens.dtype)
+
+    def _prediction(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """(batch, tokens, width), (batch, width) -> (batch, channels, image_size, image_size)."""
+        config = self.config
+        image = unpatchify(self.final(tokens, condition), config.patch, config.image_size)
+        return image[:, : config.channels]
+
+    def chain(self) -> Chain:
+        """Its forward, cut between blocks. The condition is computed from t and label.
+
+        With the tokens travel a record (batch, depth, experts + 4) of what routers did so far, their
+        penalties in its last column, and the state of recurrent routers.
+        """
+        config = self.config
+
+        def tell(inputs: Mapping[str, Tensor], _: int) -> Told:
+            mask = inputs.get("mask") if self.training else None
+            return {
+                "condition": self._condition(inputs["t"], inputs["label"]),
+                "cell": self.cell.weights() if self.cell is not None else None,
+                "masks": _of_layers(mask, config.depth),
+            }
+
+        def begin(stream: Stream, _: Told) -> Stream:
+            tokens = self._tokens(stream[0])
+            batch, count, _width = tokens.shape
+            record = tokens.new_zeros(batch, config.depth, config.experts + 4, dtype=torch.float32)
+            if not config.recurrent:
+                return tokens, record
+            state = tokens.new_zeros(batch, count, config.recurrent, dtype=torch.float32)
+            return tokens, record, state
+
+        def apply(number: int, stream: Stream, told: Told) -> Stream:
+            tokens, record, *states = stream
+            state = states[0] if states else None
+            step = self.blocks[number](
+                tokens, told["condition"], state, told["cell"], told["masks"][number]
+            )
+            own = torch.cat(
+                (step.routed.load, *(v[:, None] for v in (*step.routed[1:], step.penalty))), 1
+            )
+            record = torch.cat((record[:, :number], own[:, None], record[:, number + 1 :]), 1)
+            return (step.x, record, *((step.state,) if config.recurrent else ()))
+
+        def finish(stream: Stream, told: Told) -> Stream:
+            return self._prediction(stream[0], told["condition"]), stream[1]
+
+        def end(stream: Stream) -> Tensor | Mixed:
+            prediction, record = stream
+            if not self.training:
+                return prediction
+            load, *numbers = record.detach().split((config.experts, 1, 1, 1, 1), -1)
+            routed = Routed(load, *(number.squeeze(-1) for number in numbers[:3]))
+            return Mixed(prediction, record[..., -1].sum(1), routed)
+
+        blocks = [
+            Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))
+            for number in range(config.depth)
+        ]
+        return Chain(
+            links=(
+                Link("patches", ("patches.",), begin),
+                *blocks,
+                Link("final", ("final.",), finish),
+            ),
+            tell=tell,
+            tells=("time.", "label.", "cell."),
+            end=end,
+            borders=tuple(range(config.depth + 2)),
+        )
 
     def regions(self) -> list[Region]:
         """Where tokens may be divided: blocks and last layer."""
@@ -310,6 +224,10 @@ class DiTMoE(nn.Module):
 def routers(model: nn.Module) -> list[Router]:
     """All routers of a network, in the order of its layers."""
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def _of_layers(mask: Tensor | None, depth: int) -> Sequence[Tensor | None]:
+    return [None] * depth if mask is None else mask.unbind(1)
 
 
 def _rule(name: str, shape: torch.Size) -> Rule:

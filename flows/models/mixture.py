@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flows.models.feedforward import FeedForwardKind
+from flows.models.grouped import dtype_of_products, grouped_outer, grouped_product
 from flows.models.routers import Cell, Router, Routing
 from flows.routed import Routed
-
-# Rows of a grouped product begin at multiples of 16 bytes, in bfloat16 too.
-ALIGNMENT = 8
-
 
 # (rows (slots, width), counts (experts,) of them) -> (slots, width): what experts do with their rows.
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -54,11 +51,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows (slots, width) in the order of the experts, counts (experts,) -> (slots, width)."""
-        device = rows.device.type
-        mixed = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if mixed else self.up.dtype
         compute = self._gated if self.kind == "swiglu" else self._with_biases
-        return self.exchange(compute, rows.to(dtype), counts)
+        return self.exchange(compute, rows.to(dtype_of_products(self.up)), counts)
 
     def _gated(self, rows: Tensor, counts: Tensor) -> Tensor:
         up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
@@ -70,10 +64,10 @@ class Experts(nn.Module):
             weight.to(rows.dtype) for weight in (self.up, self.down, self.up_bias, self.down_bias)
         )
         ends, count = _ends(counts), len(rows)
-        hidden = F.grouped_mm(rows, up.mT, offs=ends)
+        hidden = grouped_product(rows, up.mT, ends)
         hidden = hidden + up_bias.repeat_interleave(counts, 0, output_size=count)
         inner = F.gelu(hidden, approximate="tanh")
-        outputs = F.grouped_mm(inner, down.mT, offs=ends)
+        outputs = grouped_product(inner, down.mT, ends)
         return outputs + down_bias.repeat_interleave(counts, 0, output_size=count)
 
 
@@ -83,19 +77,18 @@ def _ends(counts: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """The gated networks of all experts, with a backward that passes over the hidden rows less often.
+    """The gated networks of all experts, with gradients of weights that lie as the weights do.
 
-    Autograd would join the halves' gradients by a copy, and lay gradients of weights out as the
-    transposed weights of the forward, to be copied once more.
+    Autograd would lay them out as the transposed weights of the forward, to be copied once more.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        hidden = F.grouped_mm(rows, up.mT, offs=ends)
+        hidden = grouped_product(rows, up.mT, ends)
         gate, value = hidden.chunk(2, dim=-1)
         inner = F.silu(gate).mul_(value)
         ctx.save_for_backward(rows, up, down, ends, hidden, inner)
-        return F.grouped_mm(inner, down.mT, offs=ends)
+        return grouped_product(inner, down.mT, ends)
 
     @staticmethod
     @once_differentiable
@@ -103,15 +96,13 @@ class _Gated(torch.autograd.Function):
         rows, up, down, ends, hidden, inner = ctx.saved_tensors
         gate, value = hidden.chunk(2, dim=-1)
         gradient = gradient.contiguous()
-        of_inner = F.grouped_mm(gradient, down, offs=ends)
-        of_hidden = torch.empty_like(hidden)
-        of_gate, of_value = of_hidden.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), of_inner, out=of_value)
-        torch.ops.aten.silu_backward.grad_input(of_inner.mul_(value), gate, grad_input=of_gate)
+        of_inner = grouped_product(gradient, down, ends)
+        of_gate = torch.ops.aten.silu_backward(of_inner * value, gate)
+        of_hidden = torch.cat((of_gate, of_inner.mul_(F.silu(gate))), dim=-1)
         wanted = ctx.needs_input_grad
-        of_rows = F.grouped_mm(of_hidden, up, offs=ends) if wanted[0] else None
-        of_up = F.grouped_mm(of_hidden.mT, rows, offs=ends) if wanted[1] else None
-        of_down = F.grouped_mm(gradient.mT, inner, offs=ends) if wanted[2] else None
+        of_rows = grouped_product(of_hidden, up, ends) if wanted[0] else None
+        of_up = grouped_outer(of_hidden, rows, ends) if wanted[1] else None
+        of_down = grouped_outer(gradient, inner, ends) if wanted[2] else None
         return of_rows, of_up, of_down, None
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flows.models.grouped import dtype_of_products
 from flows.routed import Routed
 
 Chooser = Literal["tokens", "experts"]
@@ -223,7 +224,8 @@ def tokens_choose(
     if routing.renormalise:
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(SMALLEST)
     weight = weight * routing.scale
-    load = F.one_hot(expert, experts).sum((1, 2)).float()
+    asked = F.one_hot(expert, experts)
+    load = asked.sum((1, 2)).float()
     kept = None
     if routing.capacity:
         places = min(tokens, math.ceil(routing.capacity * chosen * tokens / experts))
@@ -231,7 +233,8 @@ def tokens_choose(
     dropped = load.new_zeros(batch) if kept is None else (~kept).sum((1, 2)).float()
     if mask is not None:
         weight = weight * mask
-    slots = _in_order(expert, weight, kept, experts)
+    found = asked if kept is None else asked * kept.unsqueeze(-1)
+    slots = _in_order(expert, weight, kept, found.sum((0, 1, 2)))
     return slots, Routed(load, dropped, _entropy(scores), _ties(best.values, chosen))
 
 
@@ -274,9 +277,7 @@ def gated_unit(x: Tensor, state: Tensor | None, cell: Cell) -> Tensor:
 
 def rounded(weight: Tensor) -> Tensor:
     """A weight in float32, of the same bits whether it was gathered in bfloat16 or is rounded here."""
-    kind = weight.device.type
-    mixed = torch.is_autocast_enabled(kind)
-    return weight.to(torch.get_autocast_dtype(kind) if mixed else weight.dtype).float()
+    return weight.to(dtype_of_products(weight)).float()
 
 
 @torch.no_grad()
@@ -310,15 +311,17 @@ def _strongest(weight: Tensor, expert: Tensor, experts: int, places: int) -> Ten
     return taken.gather(-1, expert)
 
 
-def _in_order(expert: Tensor, weight: Tensor, kept: Tensor | None, experts: int) -> Slots:
-    """Slots of (batch, tokens, chosen) choices; of one expert, in the order of their tokens."""
+def _in_order(expert: Tensor, weight: Tensor, kept: Tensor | None, counts: Tensor) -> Slots:
+    """Slots of (batch, tokens, chosen) choices; of one expert, in the order of their tokens.
+
+    kept: those that found a place, None for all; counts: (experts,) how many each expert has
+    """
     chosen, flat, weights = expert.shape[-1], expert.flatten(), weight.flatten()
     if kept is None:
         order = flat.argsort(stable=True)
     else:
         place = kept.flatten().nonzero().squeeze(1)
         order = place[flat[place].argsort(stable=True)]
-    counts = torch.bincount(flat[order], minlength=experts)
     return Slots(order // chosen, weights[order], counts)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from flows.errors import UserError
 from flows.initialise import Rule, fill_
 from flows.models.dit import DiTConfig
-from flows.models.dit_moe import DiTMoE, DiTMoEConfig, routers
+from flows.models.dit_moe import DiTMoE, routers
+from flows.models.dit_moe_config import DiTMoEConfig
 
 GATE_STD = 0.02
 # Keys that a dense network and the mixture made of it have in common.

@@ -6,6 +6,7 @@ from flows.errors import UserError
 from flows.models import (
     dit,
     dit_moe,
+    dit_moe_config,
     dit_moe_sizes,
     dit_sizes,
     jet,
@@ -22,7 +23,7 @@ DIT = Family("dit", "velocity", dit.DiTConfig, dit.DiT, dit.forward_flops, dit_s
 DIT_MOE = Family(
     "dit_moe",
     "velocity",
-    dit_moe.DiTMoEConfig,
+    dit_moe_config.DiTMoEConfig,
     dit_moe.DiTMoE,
     dit_moe.forward_flops,
     dit_moe_sizes.PUBLISHED,

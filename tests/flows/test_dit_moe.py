@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flows.errors import UserError
 from flows.initialise import initialise
-from flows.models.dit_moe import DiTMoE, DiTMoEConfig, active_parameters, forward_flops
+from flows.models.dit_moe import DiTMoE, active_parameters, forward_flops
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.dit_moe_sizes import PUBLISHED
 from flows.models.family import architecture
 from flows.models.zoo import DIT_MOE, family_of
@@ -168,3 +170,58 @@ def test_bfloat16_routes_in_float32() -> None:
 def test_shapes_that_cannot_be_are_refused(changes, sentence) -> None:
     with pytest.raises(UserError, match=sentence):
         DiTMoEConfig(**TINY | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"recurrent": 8, "z_weight": 0.1}])
+def test_link_by_link_it_computes_the_same(changes) -> None:
+    """Outputs, what routers did, and gradients."""
+    model = stirred(**changes)
+    x, t, label = inputs()
+    config = model.config
+    mask = torch.rand(3, config.depth, config.tokens, config.slots, generator=torch.Generator())
+    given = {"t": t, "label": label, "mask": mask}
+    found = []
+    for whole in (True, False):
+        model.zero_grad()
+        out = model(x, **given) if whole else model.chain().run(x, given)
+        (out.prediction.square().sum() + out.penalty.sum()).backward()
+        found.append((out, [weight.grad.clone() for weight in model.parameters()]))
+    (one, ours), (other, theirs) = found
+    assert torch.equal(one.prediction, other.prediction)
+    assert torch.allclose(one.penalty, other.penalty)
+    assert all(torch.equal(a, b) for a, b in zip(one.routed, other.routed, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    model.eval()
+    assert torch.equal(model.chain().run(x, given), model(x, **given))
+    links = model.chain().links
+    held = [prefix for link in links for prefix in link.holds] + list(model.chain().tells)
+    assert all(name.startswith(tuple(held)) for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"chooser": "experts"}, {"expert": "gelu"}])
+def test_shapes_are_known_without_memory(changes) -> None:
+    """In float32, which torch's own description of grouped products refuses."""
+    with FakeTensorMode():
+        model = DiTMoE(DiTMoEConfig(**TINY | changes))
+        x, t, label = torch.empty(3, 1, 8, 8), torch.empty(3), torch.zeros(3, dtype=torch.int64)
+        out = model(x, t, label)
+        (out.prediction.sum() + out.penalty.sum()).backward()
+    assert out.prediction.shape == x.shape
+    assert out.routed.load.shape == (3, 2, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"capacity": 1.0, "recurrent": 8, "bias_rate": 0.001}])
+def test_compiled_blocks_compute_the_same(changes) -> None:
+    """Whole blocks, as one graph each; forward and gradients."""
+    found = []
+    for compiled in (False, True):
+        model = stirred(**changes)
+        for block in model.blocks if compiled else []:
+            block.compile(fullgraph=True)
+        out = model(*inputs())
+        (out.prediction.square().sum() + out.penalty.sum()).backward()
+        found.append([out.prediction.detach(), *(weight.grad for weight in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5 * max(1.0, float(one.abs().max())))

@@ -132,6 +132,7 @@ def test_more_layouts_train_what_one_rank_trains(more, one, name):
             2,
             "does not divide the 2 ranks that one copy of the model is cut over",
         ),
+        (["parallel.ep=2", "train.compile=true"], 2, "train.compile = true compiles whole blocks"),
         (
             ["parallel.ep=2", "parallel.strategy=ddp"],
             2,

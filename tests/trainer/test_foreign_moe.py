@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flows.errors import UserError
-from flows.models.dit_moe import DiTMoE, DiTMoEConfig
+from flows.models.dit_moe import DiTMoE
+from flows.models.dit_moe_config import DiTMoEConfig
 from tests.trainer.references import dit as reference
 from tests.trainer.references.parts import State, random_state
 from trainer.checkpoints.foreign import convert, to_foreign

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flows.errors import UserError
-from flows.models.dit_moe import DiTMoE, DiTMoEConfig
+from flows.models.dit_moe import DiTMoE
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.upcycling import upcycled
 from tests.trainer import families, runs
 from trainer.recipe import override_recipe, write_recipe

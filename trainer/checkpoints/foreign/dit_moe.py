@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import UserError
-from flows.models.dit_moe import DiTMoEConfig
+from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.dit_moe_sizes import SHAPES
 from flows.models.embeddings import sincos_positions
 from flows.models.zoo import FAMILIES
