@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from flows.errors import UserError
 from flows.models.division import Division, Region
+from parallel.exchange import in_dtype_of_products
 from parallel.mesh import Layout
 from parallel.pieces import Cut
 from parallel.regions import Deal, copied, gather, gather_summed, reduced, scattered, split
@@ -75,9 +76,9 @@ def check_division(model: nn.Module, layout: Layout) -> None:
     }
     if counts:
         every = [n for _, _, division in _divisions(model) for n in division.divisible.values()]
-        found = " and ".join(f"{count} {what}" for what, count in counts.items())
+        found = " and ".join(f"{what} = {count}" for what, count in counts.items())
         raise UserError(
-            f"parallel.tp = {tp} does not divide the {found} of the model; use parallel.tp = "
+            f"parallel.tp = {tp} does not divide the model's {found}; use parallel.tp = "
             f"{divisors(math.gcd(*every))}, or another width."
         )
     if not layout.sequence:
@@ -168,10 +169,13 @@ class Ways:
 
     def enter(self, path: str) -> Change:
         """Into the first layer of a pair, in the module `path`."""
-        deal = self._deal(path)
-        return (
-            partial(copied, group=self.group) if deal is None else partial(gather_summed, deal=deal)
-        )
+        deal, group = self._deal(path), self.group
+
+        def change(x: Tensor) -> Tensor:
+            (x,) = in_dtype_of_products(x)  # as the layer would, but before it travels
+            return copied(x, group) if deal is None else gather_summed(x, deal)
+
+        return change
 
     def leave(self, path: str) -> Change:
         """Out of the second layer of a pair."""
