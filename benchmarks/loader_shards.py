@@ -66,8 +66,10 @@ def make_shards(folder: Path, *, samples: int, size: int, shards: int) -> Shards
     """Write `samples` JPEGs of `size` x `size` pixels into about `shards` tars in `folder`."""
     jpegs = draw_jpegs(min(samples, DISTINCT), size)
     per_shard = -(-samples // shards)
-    written = pack(Numbered(jpegs, samples), folder, per_shard=per_shard, heldout=0, shuffle=None)
-    return Shards(folder, [str(shard.path) for shard in written], samples, size, jpegs)
+    written = pack(
+        Numbered(jpegs, samples), str(folder), per_shard=per_shard, heldout=0, shuffle=None
+    )
+    return Shards(folder, [shard.path for shard in written], samples, size, jpegs)
 
 
 def draw_jpegs(count: int, size: int) -> list[bytes]:

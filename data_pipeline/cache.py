@@ -25,6 +25,8 @@ STRIPES = 256
 # Room is made for more than one block, so that not every block has to look through the folder.
 KEPT_SHARE = 0.9
 KNOWN_SHARDS = 4096
+# Of the number of bytes that all blocks have.
+DIGITS = 20
 
 
 class BlockCache:
@@ -82,26 +84,27 @@ class BlockCache:
 
     def _store(self, path: Path, content: bytes) -> None:
         with self._locked("usage") as file:
-            used = int(os.pread(file, 32, 0) or b"0") + len(content)
+            used = self._count(file) + len(content)
             if used > self.limit:
                 used = self._make_room(len(content)) + len(content)
             # Counted before it lies there: a rank that is killed in between leaves room, not excess.
-            os.ftruncate(file, 0)
-            os.pwrite(file, str(used).encode(), 0)
+            # Of one width and in one write, so that there is a number at any time.
+            os.pwrite(file, f"{used:0{DIGITS}d}".encode(), 0)
             handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
             with os.fdopen(handle, "wb") as block:
                 block.write(content)
             Path(partial).replace(path)
 
+    def _count(self, file: int) -> int:
+        """The bytes of blocks as they were last counted, or counted now if nobody has."""
+        text = os.pread(file, DIGITS, 0)
+        if len(text) == DIGITS and text.isdigit():
+            return int(text)
+        return sum(size for _, size, _ in self._blocks())
+
     def _make_room(self, wanted: int) -> int:
         """Delete the blocks not used for longest; the bytes of those that stay."""
-        blocks = []
-        for entry in os.scandir(self.folder / "blocks"):
-            # Whoever writes holds the lock that is held here: this writer was killed.
-            if entry.name.endswith(".partial"):
-                Path(entry.path).unlink()
-            else:
-                blocks.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        blocks = self._blocks()
         used = sum(size for _, size, _ in blocks)
         for _, size, path in sorted(blocks):
             if used + wanted <= self.limit * KEPT_SHARE:
@@ -109,6 +112,17 @@ class BlockCache:
             Path(path).unlink()
             used -= size
         return used
+
+    def _blocks(self) -> list[tuple[int, int, str]]:
+        """(last use, bytes, path) of each block; what a killed writer has left is removed."""
+        blocks = []
+        for entry in os.scandir(self.folder / "blocks"):
+            # Whoever writes holds the lock that is held here: this writer was killed.
+            if entry.name.endswith(".partial"):
+                Path(entry.path).unlink()
+            else:
+                blocks.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        return blocks
 
     def _unusable(self, error: OSError) -> UserError:
         return UserError(

@@ -8,6 +8,7 @@ does not fit its shard counts for nothing.
 """
 
 import io
+import shutil
 import struct
 import tempfile
 import zlib
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from data_pipeline.index import ShardIndex, cached_at, decode
 from data_pipeline.npy import read_npz
 from data_pipeline.storage import fetch, patiently, resolve
+from data_pipeline.storing import replaced_whole
 
 NAME = "flowmill.index"
 MAGIC = b"FLOWIDX1"
@@ -31,7 +33,7 @@ MAGIC = b"FLOWIDX1"
 HEAD = struct.Struct("<8sQI")
 COPIED_AT_ONCE = 16 << 20
 # What drivers say that cannot write, or may not.
-UNWRITABLE = (OSError, NotImplementedError, ValueError)
+UNWRITABLE = (OSError, NotImplementedError)
 
 
 class Summary(NamedTuple):
@@ -214,16 +216,6 @@ def _put(source: str, target: str) -> str:
         # No time limit: a large file takes as long as it takes.
         patiently(lambda: place.storage.put_file(source, place.path))
         return target
-    path = Path(place.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{NAME}", delete=False) as file:
-        partial = Path(file.name)
-    try:
-        with Path(source).open("rb") as read, partial.open("wb") as write:
-            while part := read.read(COPIED_AT_ONCE):
-                write.write(part)
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced_whole(Path(place.path)) as file:
+        shutil.copyfile(source, file)
     return target

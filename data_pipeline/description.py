@@ -4,10 +4,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.storing import read_if_there, write_text
+from data_pipeline.storing import read_if_there, size_if_there, write_text
 from flows.errors import UserError
 
 NAME = "dataset.json"
+# Lies beside shards while they are packed.
+UNFINISHED = "unfinished.txt"
 
 
 class Record(BaseModel):
@@ -88,6 +90,19 @@ def read_description(folder: str) -> Description | None:
             f"{folder}/{NAME}: is not a description of shards "
             f"({error.error_count()} errors, the first: {error.errors()[0]['msg']}); make it anew"
         ) from error
+
+
+def refuse_unfinished(folder: str) -> None:
+    """Raises UserError for a folder that is being packed, or whose packing was interrupted."""
+    try:
+        size = size_if_there(f"{folder}/{UNFINISHED}")
+    except UserError:
+        return  # some storages forbid to ask for what is not there
+    if size is not None:
+        raise UserError(
+            f"{folder}: flowmill data pack has not ended here, and shards are missing; empty the folder "
+            "and pack again"
+        )
 
 
 def write_description(folder: str, description: Description) -> None:

@@ -40,6 +40,7 @@ from data_pipeline.storing import (
     names_in,
     read_if_there,
     remove_if_there,
+    same_file,
     sha256_of,
     size_if_there,
     write_text,
@@ -165,13 +166,19 @@ def describe(job: Job) -> Description | None:
 
 
 def _check(job: Job) -> None:
-    """Raises UserError for sizes that do not fit, two shards of one name, or others of another kind."""
+    """Raises UserError for two shards of one name, others of another kind, or a source in the way."""
     names = Counter(name_of(source) for source in job.sources)
     name, count = names.most_common(1)[0]
     if count > 1:
         raise UserError(
             f"{count} of the shards are called {name}; encode them into several folders"
         )
+    for source in job.sources:
+        if same_file(source, f"{job.out}/{name_of(source)}"):
+            raise UserError(
+                f"{source}: lies in the folder that is to hold encoded shards and would be replaced; name "
+                "another folder"
+            )
     for name in sorted(_names_done(job) - names.keys()):
         record = read_done(job.out, name)
         if record is not None and record.made_by != job.made_by:

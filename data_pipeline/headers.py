@@ -100,14 +100,22 @@ def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:
 
 
 def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:
+    refuse_name(member.name, url)
     if not member.isreg() or member.issparse():
         kind = "link" if member.issym() or member.islnk() else "device or special file"
         raise UserError(f"{url}: member {member.name} is a {kind}; a shard holds plain files only")
-    refuse_outside(member.name, url)
 
 
-def refuse_outside(name: str, url: str) -> None:
-    """Raises UserError for a member that would be written outside the folder it is unpacked in."""
+def refuse_name(name: str, url: str) -> None:
+    """Raises UserError for a member that would be written outside the folder it is unpacked in, and for
+    one whose name is not UTF-8, so that no report could hold it."""
+    if (shown := printable(name)) != name:
+        raise UserError(f"{url}: member {shown} has a name that is not UTF-8; rename it")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{url}: member {name} leads outside the shard; pack it again")
+
+
+def printable(name: str) -> str:
+    """A file's name with `\\udc..` for each byte of it that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

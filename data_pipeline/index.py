@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from data_pipeline.headers import Member, read_members
 from data_pipeline.npy import read_npz
 from data_pipeline.storage import Facts, describe, facts, resolve
+from data_pipeline.storing import replaced_whole
 from data_pipeline.wds2idx import import_idx
 from flows.errors import UserError
 
@@ -158,12 +158,8 @@ def cached_at(url: str, suffix: str = ".npz") -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    with replaced_whole(path) as file:
+        file.write_bytes(content)
 
 
 def _gather(url: str, members: Iterable[Member]) -> ShardIndex:

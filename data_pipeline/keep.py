@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -155,10 +156,18 @@ def _among(found: object, values: Sequence[Value]) -> bool:
     )
 
 
+def parse_json(text: bytes) -> Any:
+    """What a JSON file of somebody else's holds. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def parse_record(text: bytes, name: str) -> dict[str, object]:
     """The object in a `.json` member; raises UserError naming the sample."""
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise UserError(f"{name}: its .json is broken ({error}); replace or remove it") from error
     if not isinstance(record, dict):

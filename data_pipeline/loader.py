@@ -278,6 +278,8 @@ class Loader:
         self.read_depth = 0
         self.redecoded = 0
         self.bad_samples = 0
+        # Of this rank's share, for loaders without training; that counts all ranks' by Telemetry, which is
+        # told only every few steps.
         self._budget = Budget(stream.tolerate.max_bad_fraction, stream.samples)
         self._quarantine = Quarantine(stream.tolerate.report)
         self._ahead: Ahead | None = None

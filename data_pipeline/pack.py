@@ -2,21 +2,29 @@
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.description import Shard, write_description
+from data_pipeline.description import UNFINISHED, Shard, write_description
 from data_pipeline.index import PICKLES
 from data_pipeline.order import fold, permute
+from data_pipeline.samples import LABEL, parse_label
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.sources.arrays import open_digits8, open_npz
 from data_pipeline.sources.folders import FolderSource
-from data_pipeline.sources.source import Sample, Source
+from data_pipeline.sources.source import Sample, Source, check_name
 from data_pipeline.sources.tables import TABLES, TableSource
-from data_pipeline.storing import sha256_of
+from data_pipeline.storing import (
+    names_in,
+    remove_if_there,
+    sha256_of,
+    size_if_there,
+    write_text,
+    written_whole,
+)
 from flows.errors import UserError
 
 DIGITS8 = "sklearn:digits"
@@ -26,7 +34,7 @@ DIGITS8 = "sklearn:digits"
 class Packed:
     """One shard that was written."""
 
-    path: Path
+    path: str
     samples: int
     bytes: int
     sha256: str
@@ -39,7 +47,20 @@ def open_source(
 
     A folder of class folders; `x.csv`, `x.jsonl` or `x.parquet` (patterns, too); `x.npz`; tars by path
     or pattern; or `sklearn:digits`.
+
+    Raises UserError for what is none of these, or holds no samples.
     """
+    source = _open(name, label_field, caption_field, image_field)
+    if len(source) == 0:
+        raise UserError(
+            f"{name}: holds no samples, so there is nothing to pack; name another source"
+        )
+    return source
+
+
+def _open(
+    name: str, label_field: str | None, caption_field: str | None, image_field: str
+) -> Source:
     if name == DIGITS8:
         return open_digits8()
     if name.endswith(".npz"):
@@ -59,15 +80,17 @@ def open_source(
 
 
 def pack(
-    source: Source, folder: Path, *, per_shard: int, heldout: int, shuffle: int | None
+    source: Source, folder: str, *, per_shard: int, heldout: int, shuffle: int | None
 ) -> list[Packed]:
     """Write `train-000000.tar`, ... and, from the last `heldout` samples, `heldout-000000.tar`, ...
 
     Beside them, `dataset.json` with their checksums and what the source says of itself.
 
+    folder: its path or URL
     shuffle: a seed to shuffle all samples by first; None: as the source has them
 
-    Raises UserError if nothing is left to train on, or the folder holds such shards already.
+    Raises UserError if nothing is left to train on, the folder holds such shards already, or a sample
+    cannot be packed; then no shard is left there.
     """
     count = len(source)
     if not 0 <= heldout < count:
@@ -75,37 +98,73 @@ def pack(
     order = np.arange(count)
     if shuffle is not None:
         order = permute(order, np.full(count, count), fold(shuffle))
-    folder.mkdir(parents=True, exist_ok=True)
-    if old := sorted([*folder.glob("train-*.tar"), *folder.glob("heldout-*.tar")]):
-        raise UserError(f"{old[0]}: shards are in the way; remove them or name another folder")
-    written = []
     numbers = order.tolist()
-    for split, part in (
-        ("train", numbers[: count - heldout]),
-        ("heldout", numbers[count - heldout :]),
-    ):
-        for turn, start in enumerate(range(0, len(part), per_shard)):
-            path = folder / f"{split}-{turn:06d}.tar"
-            written.append(_write_shard(path, source, part[start : start + per_shard]))
+    parts = {"train": numbers[: count - heldout], "heldout": numbers[count - heldout :]}
     shards = {
-        one.path.name: Shard(samples=one.samples, bytes=one.bytes, sha256=one.sha256)
-        for one in written
+        f"{split}-{turn:06d}.tar": part[start : start + per_shard]
+        for split, part in parts.items()
+        for turn, start in enumerate(range(0, len(part), per_shard))
     }
-    write_description(str(folder), source.about.model_copy(update={"shards": shards}))
+    folder = folder.rstrip("/") or "/"
+    _refuse_old(folder)
+    mark = f"{folder}/{UNFINISHED}"
+    write_text(mark, "Some of the shards here are missing: flowmill data pack has not ended.\n")
+    try:
+        written = _write_all(source, folder, shards)
+    except BaseException:
+        for url in (*(f"{folder}/{name}" for name in shards), mark):
+            remove_if_there(url)
+        raise
+    remove_if_there(mark)
     return written
 
 
-def _write_shard(path: Path, source: Source, numbers: Sequence[int]) -> Packed:
+def _refuse_old(folder: str) -> None:
+    """Raises UserError for shards that would be replaced or mixed with others."""
+    if size_if_there(f"{folder}/{UNFINISHED}") is not None:
+        raise UserError(
+            f"{folder}: packing into it was interrupted, or goes on elsewhere; remove train-*.tar, "
+            f"heldout-*.tar and {UNFINISHED} from it, or name another folder"
+        )
+    if old := [*names_in(folder, "train-*.tar"), *names_in(folder, "heldout-*.tar")]:
+        raise UserError(
+            f"{folder}/{old[0]}: shards are in the way; remove them or name another folder"
+        )
+
+
+def _write_all(source: Source, folder: str, shards: Mapping[str, Sequence[int]]) -> list[Packed]:
+    """Shards, by name the numbers of their samples, and their description."""
+    written = [
+        _write_shard(f"{folder}/{name}", source, numbers) for name, numbers in shards.items()
+    ]
+    described = {
+        name: Shard(samples=one.samples, bytes=one.bytes, sha256=one.sha256)
+        for name, one in zip(shards, written, strict=True)
+    }
+    write_description(folder, source.about.model_copy(update={"shards": described}))
+    return written
+
+
+def _write_shard(url: str, source: Source, numbers: Sequence[int]) -> Packed:
     """One shard, whole or not at all."""
-    temporary = path.with_suffix(".tar.tmp")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+    with written_whole(url) as path:
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
             for number in numbers:
-                add(archive, source[number])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Packed(path, len(numbers), path.stat().st_size, sha256_of(str(path)))
+                add(archive, _checked(source[number]))
+        return Packed(url, len(numbers), path.stat().st_size, sha256_of(str(path)))
+
+
+def _checked(sample: Sample) -> Sample:
+    """The sample; raises UserError for a name, a label or a caption that nobody could read again."""
+    name = f"sample {sample.key}"
+    check_name(sample.key, "a sample's key")
+    if LABEL in sample.members:
+        parse_label(sample.members[LABEL], name, None)
+    try:
+        sample.members.get("txt", b"").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: its caption is not UTF-8 ({error}); correct it") from error
+    return sample
 
 
 def add(archive: tarfile.TarFile, sample: Sample) -> None:

@@ -6,7 +6,6 @@ They are believed for as long as the shard's size and change mark are those they
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from data_pipeline.index import look_at, signature_of
 from data_pipeline.npy import read_npz
 from data_pipeline.order import Int64
 from data_pipeline.storage import resolve
+from data_pipeline.storing import replaced_whole
 
 
 def remembered(url: str, what: str, make: Callable[[], Int64]) -> Int64:
@@ -53,8 +53,5 @@ def _load(stored: Path, signature: str) -> Int64 | None:
 
 def _store(stored: Path, values: Int64, signature: str) -> None:
     """Write them whole or not at all, whoever else writes them."""
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=stored.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
+    with replaced_whole(stored) as path, path.open("wb") as file:
         np.savez_compressed(file, signature=np.array(signature), values=values)
-    Path(temporary).replace(stored)

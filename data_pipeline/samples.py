@@ -1,5 +1,6 @@
 """The samples of a few shards by (shard, sample): their keys, encoded images and labels."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.catalog import Summary
+from data_pipeline.description import refuse_unfinished
 from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
 from data_pipeline.index import IMAGES, ShardIndex
 from data_pipeline.indexes import KEPT_INDEXES, Indexes
@@ -21,6 +23,9 @@ from flows.errors import UserError
 Int64 = NDArray[np.int64]
 
 LABEL = "cls"
+# Python's int() takes more: underscores, and any number of digits.
+NUMBER = re.compile(rb"\s*(-?[0-9]{1,40})\s*")
+LARGEST = 2**63 - 1
 
 
 class Kind(NamedTuple):
@@ -166,6 +171,8 @@ class Samples:
         self.sizes = tuple(shard.samples for shard in present)
         self._indexes.samples = dict(zip(self.urls, self.sizes, strict=True))
         one_a_folder = {folder_of(url): url for url in self.urls}.values()
+        for url in one_a_folder:
+            refuse_unfinished(folder_of(url) or ".")
         self.remote = any(not resolve(url).local for url in one_a_folder)
 
     def _check_share(self, pattern: str, left_out: int) -> None:
@@ -277,15 +284,14 @@ def _raise_first(contents: Iterable[bytes | UserError]) -> list[bytes]:
 
 def parse_label(text: bytes, name: str, classes: int | None) -> int:
     """The class in a `.cls` member; raises UserError naming the sample."""
-    try:
-        label = int(text.decode("ascii"))
-    except ValueError as error:
+    if (found := NUMBER.fullmatch(text)) is None:
+        raise UserError(f"{name}: label {text[:40]!r} is not an integer; write its class")
+    label = int(found[1])
+    most = LARGEST if classes is None else classes - 1
+    if not 0 <= label <= most:
         raise UserError(
-            f"{name}: label {text[:40]!r} is not an integer; write its class"
-        ) from error
-    if label < 0 or (classes is not None and label >= classes):
-        allowed = "not be negative" if classes is None else f"lie in 0 .. {classes - 1}"
-        raise UserError(f"{name}: label {label} must {allowed}; raise data.classes or relabel it")
+            f"{name}: label {label} must lie in 0 .. {most}; raise data.classes or relabel it"
+        )
     return label
 
 

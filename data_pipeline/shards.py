@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from data_pipeline.storage import (
 from flows.errors import UserError
 
 EMBEDDED = "embedded:"
+# More names than any data set has shards.
+MOST_NAMES = 10_000_000
+RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)")
 CHECK = "check that the address is right, that its server runs, and your rights"
 # From so many named shards of a folder on, it is quicker to list the folder than to ask for each.
 LISTED_FROM = 16
@@ -53,23 +57,25 @@ def embedded_sets() -> list[str]:
     return sorted(path.name for path in embedded_folder().iterdir() if path.is_dir())
 
 
-def expand(pattern: str) -> tuple[str, ...]:
+def expand(pattern: str, what: str = "shard") -> tuple[str, ...]:
     """Every shard that `pattern` names, sorted, each once; see `find`."""
-    return tuple(shard.url for shard in find(pattern))
+    return tuple(shard.url for shard in find(pattern, what))
 
 
-def find(pattern: str) -> tuple[Shard, ...]:
+def find(pattern: str, what: str = "shard") -> tuple[Shard, ...]:
     """Every shard that `pattern` names, sorted by address, each once.
 
     `{000000..000003}` and `{a,b}` name shards that must exist; `*`, `?` and `[...]` match those
     that do. `embedded:digits28/train-*.tar` looks among the data sets that come with the package.
 
+    what: messages call them
+
     Raises UserError if a named shard is missing or nothing matches.
     """
     found, missing = search(pattern)
     if missing:
-        what = "no shard" if missing[0] == pattern else f"no shard {missing[0]}"
-        raise UserError(f"{pattern}: there is {what} at that place; {_instead_of(pattern)}")
+        named = what if missing[0] == pattern else f"{what} {missing[0]}"
+        raise UserError(f"{pattern}: there is no {named} at that place; {_instead_of(pattern)}")
     return found
 
 
@@ -82,12 +88,7 @@ def _instead_of(pattern: str) -> str:
 
 def search(pattern: str) -> tuple[tuple[Shard, ...], list[str]]:
     """The shards that are there, sorted by address, and the names that lead to none."""
-    try:
-        names = list(dict.fromkeys(braceexpand(pattern)))
-    except ValueError as error:
-        raise UserError(
-            f"{pattern}: braces that do not pair; write {{00..07}} or {{a,b}}"
-        ) from error
+    names = _names(pattern)
     found: dict[str, Shard] = {}
     missing: list[str] = []
     try:
@@ -99,6 +100,27 @@ def search(pattern: str) -> tuple[tuple[Shard, ...], list[str]]:
             f"{pattern}: cannot be listed ({describe(error)}); {remedy(error, CHECK)}"
         ) from error
     return tuple(found[url] for url in sorted(found)), sorted(missing)
+
+
+def _names(pattern: str) -> list[str]:
+    """What the braces of a pattern stand for, each once."""
+    # All of a range is in memory before the first name is: the longest is looked at beforehand.
+    try:
+        longest = max((abs(int(b) - int(a)) for a, b in RANGE.findall(pattern)), default=0)
+        expanded = braceexpand(pattern) if longest < MOST_NAMES else ()
+        names = list(itertools.islice(expanded, MOST_NAMES + 1))
+    except ValueError as error:
+        raise UserError(
+            f"{pattern}: braces that do not pair; write {{00..07}} or {{a,b}}"
+        ) from error
+    if not 0 < len(names) <= MOST_NAMES:
+        raise UserError(
+            f"{pattern}: its braces stand for more than {MOST_NAMES:,} shards; write a shorter range, or *"
+        )
+    # `digits/` is the folder `digits`.
+    return list(
+        dict.fromkeys(name.rstrip("/") if "://" not in name[-3:] else name for name in names)
+    )
 
 
 def _search_all(names: list[str]) -> Iterator[tuple[str, list[Shard]]]:
@@ -122,7 +144,10 @@ def _match(url: str) -> list[Shard]:
     if place.local:
         found = ((path, _stat(path)) for path in glob.iglob(place.path, recursive=True))  # noqa: PTH207
         return [Shard(path, known) for path, known in found if known is not None]
-    matches = patiently(lambda: call(place.storage, "glob", place.path, detail=True))
+    try:
+        matches = patiently(lambda: call(place.storage, "glob", place.path, detail=True))
+    except FileNotFoundError:
+        return []  # as of a folder that is not there: so do some drivers say, and some do not
     return [
         Shard(_address_of(url, path), facts_of(info))
         for path, info in matches.items()
@@ -169,9 +194,12 @@ def _look(name: str) -> Facts | None:
     """The facts of one remote file, None if it is not there."""
     place = resolve(name)
     try:
-        return facts_of(patiently(lambda: call(place.storage, "info", place.path)))
+        info = patiently(lambda: call(place.storage, "info", place.path))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if info["type"] == "directory":
+        raise _is_folder(name)
+    return facts_of(info)
 
 
 def _stat(path: str) -> Facts | None:
@@ -181,8 +209,12 @@ def _stat(path: str) -> Facts | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     if S_ISDIR(status.st_mode):
-        raise UserError(f"{path} is a folder; name the shards in it, as in {path}/*.tar")
+        raise _is_folder(path)
     return Facts(status.st_size, str(status.st_mtime))
+
+
+def _is_folder(path: str) -> UserError:
+    return UserError(f"{path} is a folder; name the shards in it, as in {path}/*.tar")
 
 
 def locate_embedded(name: str) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -239,7 +240,7 @@ def passing_errors() -> tuple[type[BaseException], ...]:
 
 def describe(error: BaseException) -> str:
     """An error's own words on one line, without secrets."""
-    if isinstance(error, (asyncio.TimeoutError, IndexError)):
+    if isinstance(error, asyncio.TimeoutError) or _is_lost_timeout(error):
         limit = f" within {_access.timeout:g} s" if _access.timeout else " in time"
         return f"no answer{limit}"
     if isinstance(error, FileNotFoundError):
@@ -248,6 +249,14 @@ def describe(error: BaseException) -> str:
     for secret in _access.hidden:
         words = words.replace(secret, "***")
     return words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + " ..."
+
+
+def _is_lost_timeout(error: BaseException) -> bool:
+    """Whether it is s3fs's own mistake about a timeout; see PASSING."""
+    if not isinstance(error, IndexError):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("s3fs") for frame, _ in frames[-1:])
 
 
 def remedy(error: BaseException, otherwise: str) -> str:

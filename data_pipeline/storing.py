@@ -1,5 +1,6 @@
 """Files on any storage that appear whole or not at all."""
 
+import fnmatch
 import hashlib
 import os
 import tempfile
@@ -30,30 +31,38 @@ def written_whole(url: str) -> Iterator[Path]:
     Raises UserError if the storage refuses it.
     """
     place = resolve(url)
-    target = Path(place.path)
-    temporary: Path | None = None
     try:
         if place.local:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, so that moving it there is one step.
-        folder = target.parent if place.local else None
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        if place.local:
-            temporary.chmod(0o644)
-            temporary.replace(target)
+            with replaced_whole(Path(place.path)) as file:
+                yield file
         else:
-            # The driver itself has no time limit: a large file takes as long as it takes.
-            patiently(lambda: place.storage.put_file(name, place.path))
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "whole"
+                yield file
+                # The driver itself has no time limit: a large file takes as long as it takes.
+                patiently(lambda: place.storage.put_file(str(file), place.path))
     except OSError as error:
         raise UserError(
             f"{url}: cannot be written ({reason(error)}); {remedy(error, 'check space and rights')}"
         ) from error
+
+
+@contextmanager
+def replaced_whole(target: Path) -> Iterator[Path]:
+    """A file to write, which is at `target` when the block ends well, and nowhere when it does not.
+
+    Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that moving it there is one step.
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(name)
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
 
 
 def write_text(url: str, text: str) -> None:
@@ -103,8 +112,20 @@ def names_in(folder: str, pattern: str) -> list[str]:
     """
     place = resolve(folder)
     place.storage.invalidate_cache()
-    found = _if_there(folder, lambda: call(place.storage, "glob", f"{place.path}/{pattern}"))
-    return sorted(str(path).rpartition("/")[2] for path in found or [])
+    found = _if_there(folder, lambda: call(place.storage, "ls", place.path, detail=False)) or []
+    # Not by the storage's own patterns: the folder's name may look like one.
+    names = [str(path).rpartition("/")[2] for path in found]
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two addresses lead to the same place."""
+    places = resolve(one), resolve(other)
+    if all(place.local for place in places):
+        return Path(places[0].path).resolve() == Path(places[1].path).resolve()
+    return places[0].storage.protocol == places[1].storage.protocol and (
+        places[0].path == places[1].path
+    )
 
 
 def _if_there(url: str, request: Callable[[], T]) -> T | None:

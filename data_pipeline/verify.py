@@ -1,7 +1,7 @@
 """Every sample of some shards looked at: what they hold, and all that is wrong with them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +12,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.decode.images import load, read_picture
-from data_pipeline.description import Description, folder_of, read_description
+from data_pipeline.description import (
+    Description,
+    folder_of,
+    read_description,
+    refuse_unfinished,
+)
 from data_pipeline.index import IMAGE_FILES, LATENT
+from data_pipeline.indexes import in_threads
+from data_pipeline.keep import RECORD, parse_record
 from data_pipeline.latents import POOLED, TEXT, read_array
 from data_pipeline.moments import Moments
 from data_pipeline.samples import LABEL, parse_label
 from data_pipeline.shards import expand
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.sources.source import Sample
-from data_pipeline.storing import sha256_of
+from data_pipeline.storing import sha256_of, size_if_there
 from flows.errors import UserError
 
 # Tiles a side, and pixels a tile: what one looks at to see whether these are the right images.
@@ -69,7 +76,10 @@ def verify(pattern: str, *, classes: int | None) -> Report:
     report = Report()
     seen: dict[str, str] = {}
     describe = lru_cache(1)(lambda folder: read_description(folder) or Description())
-    for url in expand(pattern):
+    urls = expand(pattern)
+    for folder in dict.fromkeys(map(folder_of, urls)):
+        _look_for_missing(folder, urls, report)
+    for url in urls:
         report.shards += 1
         try:
             about = describe(folder_of(url))
@@ -77,6 +87,8 @@ def verify(pattern: str, *, classes: int | None) -> Report:
         except UserError as error:
             report.problems.append(str(error))
             continue
+        if len(source) == 0:
+            report.problems.append(f"{url}: holds no samples; pack it again or remove it")
         _check_sum(url, about, len(source), report)
         for sample in _samples(source, url, report):
             if sample.key in seen:
@@ -87,6 +99,24 @@ def verify(pattern: str, *, classes: int | None) -> Report:
             _look(sample, f"{url}: sample {sample.key}", about, classes, report)
         source.reader.close()
     return report
+
+
+def _look_for_missing(folder: str, urls: Sequence[str], report: Report) -> None:
+    """Shards that the description of a folder names, and that are not there."""
+    try:
+        refuse_unfinished(folder)
+        about = read_description(folder) or Description()
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    there = {url.rpartition("/")[2] for url in urls if folder_of(url) == folder}
+    unseen = [name for name in about.shards if name not in there]
+    sizes = in_threads(lambda name: size_if_there(f"{folder}/{name}"), unseen)
+    report.problems += [
+        f"{folder}/{name}: is in dataset.json and there is no such shard; put it back or pack again"
+        for name, size in zip(unseen, sizes, strict=True)
+        if size is None
+    ]
 
 
 def open_shard(pattern: str) -> TarSource:
@@ -130,7 +160,9 @@ def _look(
         report.problems.append(
             f"{name} has {count or 'no'} image members and needs exactly one; pack the shard again"
         )
-    for check in (_look_at_label, _look_at_caption, _look_at_images, _look_at_arrays):
+    for check in (
+        _look_at_label, _look_at_caption, _look_at_record, _look_at_images, _look_at_arrays,
+    ):  # fmt: skip
         try:
             check(sample, name, about, classes, report)
         except UserError as error:
@@ -155,6 +187,13 @@ def _look_at_caption(
         sample.members[CAPTION].decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: its caption is not UTF-8 ({error}); correct it") from error
+
+
+def _look_at_record(
+    sample: Sample, name: str, _about: Description, _classes: int | None, _report: Report
+) -> None:
+    if RECORD in sample.members:
+        parse_record(sample.members[RECORD], name)
 
 
 def _look_at_images(

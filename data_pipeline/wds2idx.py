@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from itertools import pairwise
 
-from data_pipeline.headers import BLOCK, Member, refuse_outside
+from data_pipeline.headers import BLOCK, Member, refuse_name
 from data_pipeline.storage import Facts, facts, fetch, read_whole
 
 VERSION = "v1.2"
@@ -35,7 +35,7 @@ def import_idx(url: str, shard: Facts) -> list[Member] | None:
     except (OSError, UnicodeDecodeError):
         return None
     for member in members:
-        refuse_outside(member.name, url)
+        refuse_name(member.name, url)
     return members
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.cache import open_cache
 from data_pipeline.faults import Tolerance, read_past
 from data_pipeline.stream import Stream, open_stream
 from flows.bases import Base, Inpainting, SuperResolution
@@ -171,6 +172,7 @@ def training_stream(recipe: Recipe) -> Stream:
     begun = latest_whole(run.checkpoints) is not None
     past = read_past(run.shards) if begun else None
     reach_storage(recipe)
+    open_cache()  # refused here, before ranks start, if it cannot be
     return open_stream(
         data.sources,
         keep=data.keep,

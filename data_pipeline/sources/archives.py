@@ -1,12 +1,12 @@
 """Samples that lie in WebDataset tars already: re-sharded, or labelled out of their JSON."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from data_pipeline.description import Description, folder_of, read_description
 from data_pipeline.index import ShardIndex, open_index
+from data_pipeline.keep import parse_json
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import expand
 from data_pipeline.sources.source import Sample
@@ -24,6 +24,7 @@ class TarSource:
         self.ends = list(accumulate(len(index) for index in self.indexes))
         fields = {"cls": label_field, "txt": caption_field}
         self.fields = {extension: field for extension, field in fields.items() if field}
+        self._refuse_shared_keys()
         self.reader = RangeReader()
         known = read_description(folder_of(self.indexes[0].url)) or Description()
         names = () if label_field else known.class_names
@@ -31,6 +32,17 @@ class TarSource:
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def _refuse_shared_keys(self) -> None:
+        """Raises UserError for a key in two shards: of one shard, its two samples would be one."""
+        seen: dict[str, str] = {}
+        for index in self.indexes if len(self.indexes) > 1 else []:
+            for key in index.keys.tolist():
+                if (other := seen.setdefault(key, index.url)) != index.url:
+                    raise UserError(
+                        f"{index.url}: sample {key} is also in {other}; leave one of them out, or pack "
+                        "each shard into a folder of its own"
+                    )
 
     def __getitem__(self, number: int) -> Sample:
         return self.read([number])[0]
@@ -63,7 +75,7 @@ class TarSource:
 
     def _from_json(self, members: dict[str, bytes], name: str) -> dict[str, bytes]:
         try:
-            record = json.loads(members["json"])
+            record = parse_json(members["json"])
             return {e: str(record[field]).encode() for e, field in self.fields.items()}
         except (KeyError, TypeError, ValueError) as error:
             wanted = ", ".join(self.fields.values())

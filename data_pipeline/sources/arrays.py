@@ -1,7 +1,6 @@
 """Images in arrays: an `.npz` file with `images` and `labels`, and scikit-learn's 8x8 digits."""
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.description import Description
+from data_pipeline.npy import DAMAGE
 from data_pipeline.sources.source import Sample
 from flows.errors import UserError
 
@@ -41,8 +41,10 @@ def open_npz(path: str) -> ArraySource:
     try:
         with np.load(Path(path), allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).partition(". ")[0]  # NumPy goes on to advise reading pickles
+    except (*DAMAGE, ValueError, TypeError) as error:
+        # A .npy file is an array, in which nothing has a name; NumPy goes on to advise reading pickles.
+        single = isinstance(error, TypeError)
+        reason = "it is one array" if single else str(error).partition(". ")[0]
         raise UserError(
             f"{path}: not an .npz file with plain arrays `images` and `labels` ({reason}); write one "
             "by numpy.savez_compressed"
@@ -52,6 +54,10 @@ def open_npz(path: str) -> ArraySource:
         raise UserError(
             f"{path}: images are {images.dtype} {images.shape}; give uint8 (samples, height, "
             "width) or (samples, height, width, 3)"
+        )
+    if 0 in images.shape[1:]:
+        raise UserError(
+            f"{path}: images are {images.shape}, without a pixel; give a side of 1 or more"
         )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(

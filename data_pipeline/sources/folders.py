@@ -1,12 +1,12 @@
 """Images in a folder of folders, one for each class, with captions and labels beside them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.description import Description
 from data_pipeline.index import IMAGE_FILES
-from data_pipeline.sources.source import Sample, image_extension, number_classes
+from data_pipeline.keep import parse_json
+from data_pipeline.sources.source import Sample, check_name, image_extension, number_classes
 from data_pipeline.sources.tables import TABLES, open_table
 from data_pipeline.storing import reason
 from flows.errors import UserError
@@ -91,7 +91,7 @@ class _Records:
             return found
         beside = self.root / path.with_suffix(".json")
         try:
-            return json.loads(beside.read_bytes())[field]
+            return parse_json(beside.read_bytes())[field]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.root / path}: no metadata table, and {beside.name} beside it gives no {field} "
@@ -107,9 +107,15 @@ def _images(root: Path) -> list[Path]:
         kind = path.suffix.lower().removeprefix(".")
         if any(part.startswith(".") for part in inside.parts):
             continue
+        if path.is_symlink() and (path.is_dir() or not path.exists()):
+            raise UserError(
+                f"{path}: is a link to a folder or to nothing, and such links are not followed; put the "
+                "images themselves there, or remove it"
+            )
         if kind in NOT_READ:
             raise UserError(f"{path}: images of kind .{kind} are not read; convert or remove it")
         if kind in IMAGE_FILES and path.is_file():
+            check_name(inside.as_posix(), str(root))
             found.append(inside)
     if not found:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.description import Description
+from data_pipeline.headers import printable
 from flows.errors import UserError
 
 
@@ -30,6 +31,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Sample: ...
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises UserError for a name that shards, and reports on them, cannot hold."""
+    shown = printable(name)
+    if shown != name or any(ord(letter) < ord(" ") for letter in name):
+        raise UserError(f"{where}: {shown!r} is not UTF-8, or has a line end in it; rename it")
 
 
 def image_extension(content: bytes, name: str) -> str:

@@ -5,7 +5,8 @@ group at a time.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -36,21 +37,37 @@ class TableFile:
     ends: tuple[int, ...]
 
     def column(self, field: str) -> list[Any]:
-        """All values of a column; raises UserError if there is none of that name."""
+        """All values of a column; raises UserError if there is none of that name, or it is damaged."""
         self.require(field)
-        whole = self.content.read(columns=[field]) if self.parquet else self.content
-        return list(whole.column(field).to_pylist())
+        with self._readable(f"column {field}"):
+            whole = self.content.read(columns=[field]) if self.parquet else self.content
+            return list(whole.column(field).to_pylist())
 
     def group(self, number: int, field: str) -> Any:
-        """A column of one row group, as an Arrow array."""
+        """A column of one row group, as an Arrow array; raises UserError if it is damaged."""
         if not self.parquet:
             return self.content.column(field)
-        return self.content.read_row_group(number, columns=[field]).column(field)
+        first = self.ends[number - 1] if number else 0
+        with self._readable(f"{field} of rows {first} to {self.ends[number] - 1}"):
+            return self.content.read_row_group(number, columns=[field]).column(field)
+
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        import pyarrow as arrow
+
+        try:
+            yield
+        except (*passing_errors(), arrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.url}: {what} cannot be read ({reason(error)}); write the table again"
+            ) from error
 
     def require(self, field: str) -> None:
         names = self.content.schema_arrow.names if self.parquet else self.content.column_names
         if field not in names:
             raise UserError(f"{self.url}: has no column {field}; name one of {', '.join(names)}")
+        if names.count(field) > 1:
+            raise UserError(f"{self.url}: has several columns {field}; rename all but one")
 
     @property
     def parquet(self) -> bool:
@@ -105,7 +122,7 @@ class TableSource:
         caption_field: str | None,
     ) -> None:
         texts = [field for field in (image_field, caption_field) if field is not None]
-        self.files = [open_table(url, texts) for url in expand(pattern)]
+        self.files = [open_table(url, texts) for url in expand(pattern, "file")]
         self.ends = list(accumulate(file.ends[-1] if file.ends else 0 for file in self.files))
         self.image_field = image_field
         for file in self.files:

@@ -41,11 +41,14 @@ def pack(
             "labels), shards x-*.tar, or sklearn:digits."
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Where train-*.tar and heldout-*.tar go.")],
+    folder: Annotated[
+        str, typer.Argument(help="Folder or URL where train-*.tar and heldout-*.tar go.")
+    ],
     per_shard: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 10_000,
     heldout: Annotated[int, typer.Option(min=0, help="Samples kept for evaluation.")] = 0,
     shuffle: Annotated[
-        int | None, typer.Option(min=0, help="Shuffle all samples first, by this seed.")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Shuffle all samples first, by this seed."),
     ] = None,
     label_field: Annotated[
         str | None,
@@ -70,21 +73,13 @@ def pack(
     samples = packer.open_source(
         source, label_field=label_field, caption_field=caption_field, image_field=image_field
     )
-    try:
-        written = packer.pack(
-            samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle
-        )
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: shards cannot be written there ({error.strerror}); give a "
-            "folder with room, or a path where one can be made."
-        ) from error
+    written = packer.pack(samples, folder, per_shard=per_shard, heldout=heldout, shuffle=shuffle)
     if as_json:
-        _print_json([asdict(shard) | {"path": str(shard.path)} for shard in written])
+        _print_json([asdict(shard) for shard in written])
         return
     table = Table("shard", "samples", "MB", title=f"{source} in {len(written)} shards")
     for shard in written:
-        table.add_row(str(shard.path), f"{shard.samples:,}", f"{shard.bytes / 1e6:.1f}")
+        table.add_row(shard.path, f"{shard.samples:,}", f"{shard.bytes / 1e6:.1f}")
     Console().print(table)
 
 
@@ -149,7 +144,9 @@ def order(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
     ] = None,
-    start: Annotated[int, typer.Option("--from", min=0, help="Samples taken before.")] = 0,
+    start: Annotated[
+        int, typer.Option("--from", min=0, max=2**62, help="Samples taken before.")
+    ] = 0,
     batches: Annotated[int, typer.Option(min=1, help="Global batches to list.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that read different samples.")] = 1,
     as_json: Json = False,

@@ -94,6 +94,37 @@ def test_the_blocks_not_used_for_longest_go_first(tmp_path, small_blocks):
     assert len(left) >= 8
 
 
+@pytest.mark.parametrize("left", [b"", b"12", b"what is this, no number", b"\xff" * 40])
+def test_the_bound_holds_when_the_count_is_lost(tmp_path, small_blocks, left):
+    url, content = write_shard(tmp_path / "a.tar", 20 * BLOCK)
+    for part in range(5):
+        blocks = BlockCache(tmp_path / "cache", 6 * BLOCK)
+        assert (
+            blocks.read(url, part * BLOCK, (part + 3) * BLOCK)
+            == (content[part * BLOCK : (part + 3) * BLOCK])
+        )
+        assert held(tmp_path / "cache") <= 6 * BLOCK
+        (tmp_path / "cache" / "locks" / "usage").write_bytes(left)
+    blocks.read(url, 0, 20 * BLOCK)
+    assert held(tmp_path / "cache") <= 6 * BLOCK
+
+
+def test_the_count_is_a_number_at_any_time(tmp_path, small_blocks, monkeypatch):
+    """A rank that is killed between any two system calls leaves it whole."""
+    url, _ = write_shard(tmp_path / "a.tar", 8 * BLOCK)
+    blocks = BlockCache(tmp_path / "cache", 6 * BLOCK)
+    blocks.read(url, 0, 2 * BLOCK)
+    usage = tmp_path / "cache" / "locks" / "usage"
+    seen = []
+    for name in ("ftruncate", "pwrite"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, f=real: (f(*a), seen.append(usage.read_bytes()))[0]
+        )
+    blocks.read(url, 2 * BLOCK, 8 * BLOCK)
+    assert [int(text) > 2 * BLOCK for text in seen] == [True] * 6
+
+
 def test_a_cache_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir = .*file/x cannot be written"):

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from data_pipeline.catalog import NAME
+from data_pipeline.description import Description, Shard, write_description
 from flows.errors import UserError
 from launch.commands.data import app
 from tests.data_pipeline.conftest import grey, sample, write_tar
@@ -65,14 +66,23 @@ def test_verify_finds_every_problem_and_goes_on(tmp_path):
     write_tar(tmp_path / "b.tar", [*sample("0000", 1, 12), *corrupt, *sample("0003", 1)])
     whole = Path(write_tar(tmp_path / "c.tar", sample("0004", 1))).read_bytes()
     (tmp_path / "c.tar").write_bytes(whole[:1000])
-    write_tar(tmp_path / "d.tar", sample("0005", 1, 3))
+    write_tar(tmp_path / "d.tar", [*sample("0005", 1, 3), ("0005.json", b"{")])
+    write_tar(tmp_path / "e.tar", [])
+    write_tar(tmp_path / "f.tar", [("\udcff.png", grey(1))])
+    gone = Shard(samples=1, bytes=1, sha256="")
+    write_description(str(tmp_path), Description(shards={"a.tar": gone, "g.tar": gone}))
     report = json.loads(run("verify", f"{tmp_path}/*.tar", "--classes", "10", "--json", code=1))
     expected = [
+        ("g.tar", "is in dataset.json and there is no such shard"),
+        ("a.tar", "its content is not what dataset.json says"),
         ("a.tar", "sample 0001: label b'cat' is not an integer"),
         ("b.tar", "sample 0000 is also in"),
         ("b.tar", "sample 0000: label 12 must lie in 0 .. 9"),
         ("b.tar", "sample 0002: its image"),
         ("c.tar", "not a whole uncompressed tar"),
+        ("d.tar", "sample 0005: its .json is broken"),
+        ("e.tar", "holds no samples"),
+        ("f.tar", r"member \udcff.png has a name that is not UTF-8"),
     ]
     assert len(report["problems"]) == len(expected)
     for problem, (shard, words) in zip(report["problems"], expected, strict=True):
@@ -87,6 +97,22 @@ def test_bad_input_is_a_user_error(tmp_path):
         run("verify", f"{tmp_path}/*.tar")
     with pytest.raises(UserError, match=r"x\.zip: cannot be packed"):
         run("pack", "x.zip", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("order", "digits8", "--from", str(2**63)),
+        ("pack", "sklearn:digits", "x", "--shuffle", str(2**63)),
+    ],
+)
+def test_numbers_beyond_the_range_are_usage_errors(words):
+    run(*words, code=2)
+
+
+def test_order_goes_as_far_as_it_says():
+    (batch,) = json.loads(run("order", *TINY_RECIPE, "--from", str(2**62), "--json"))
+    assert (batch["position"], len(batch["ranks"][0])) == (2**62, 12)
 
 
 def test_asking_for_help_loads_nothing_heavy():

@@ -55,6 +55,16 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_shards_are_not_encoded_over_themselves(nets, sources, tmp_path):
+    before = {path: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    for out in (tmp_path / "data", f"{tmp_path}/other/../data/"):
+        with pytest.raises(
+            UserError, match=r"train-0\.tar: lies in the folder .* would be replaced"
+        ):
+            run(nets, sources, out)
+    assert {path: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
 def picture(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE + 2, 3), dtype=np.uint8)
     return image_file(pixels)

@@ -3,6 +3,9 @@
 import hashlib
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from data_pipeline.pack import open_source, pack
 from data_pipeline.samples import Samples
 from data_pipeline.shards import expand
 from data_pipeline.storing import sha256_of
+from data_pipeline.verify import verify
 from flows.errors import UserError
 from tests.data_pipeline.conftest import sample, write_tar
 
@@ -88,20 +92,20 @@ def test_plain_webdataset_reads_the_shards():
 def test_packing_twice_gives_the_same_bytes(tmp_path):
     source = open_source("sklearn:digits", **PLAIN)
     for folder in ("a", "b"):
-        pack(source, tmp_path / folder, per_shard=700, heldout=97, shuffle=5)
+        pack(source, str(tmp_path / folder), per_shard=700, heldout=97, shuffle=5)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert list(digest(tmp_path / "a")) == [
         "dataset.json",
         "heldout-000000.tar",
         *(f"train-{n:06d}.tar" for n in range(3)),
     ]
-    pack(source, tmp_path / "c", per_shard=700, heldout=97, shuffle=6)
+    pack(source, str(tmp_path / "c"), per_shard=700, heldout=97, shuffle=6)
     assert digest(tmp_path / "a") != digest(tmp_path / "c")
 
 
 def test_shards_packed_anew_hold_the_same_samples(tmp_path):
     source = open_source("embedded:digits8/train-*.tar", **PLAIN)
-    pack(source, tmp_path / "again", per_shard=400, heldout=0, shuffle=None)
+    pack(source, str(tmp_path / "again"), per_shard=400, heldout=0, shuffle=None)
     again = open_source(f"{tmp_path}/again/train-*.tar", **PLAIN)
     assert len(again) == len(source) == 1500
     for number in (0, 399, 400, 749, 750, 1499):
@@ -112,15 +116,77 @@ def test_an_npz_is_packed_pixel_by_pixel(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(7))
     source = open_source(str(tmp_path / "x.npz"), **PLAIN)
-    pack(source, tmp_path / "out", per_shard=3, heldout=2, shuffle=None)
+    pack(source, str(tmp_path / "out"), per_shard=3, heldout=2, shuffle=None)
     pixels, labels = decoded(str(tmp_path / "out/train-000001.tar"))
     assert np.array_equal(pixels, images[3:5])
     assert labels.tolist() == [3, 4]
     assert np.array_equal(decoded(str(tmp_path / "out/heldout-000000.tar"))[0], images[5:])
 
 
+def test_packing_writes_to_any_storage(tmp_path):
+    source = open_source("sklearn:digits", **PLAIN)
+    written = pack(source, "memory://packed/x", per_shard=1000, heldout=97, shuffle=None)
+    pack(source, str(tmp_path), per_shard=1000, heldout=97, shuffle=None)
+    assert [one.path for one in written] == [
+        f"memory://packed/x/{name}" for name in ("train-000000.tar", "train-000001.tar", "heldout-000000.tar")
+    ]  # fmt: skip
+    assert read_description("memory://packed/x") == read_description(str(tmp_path))
+    assert [sha256_of(one.path) for one in written] == [one.sha256 for one in written]
+    with pytest.raises(UserError, match=r"packed/x/train-000000\.tar: shards are in the way"):
+        pack(source, "memory://packed/x", per_shard=1000, heldout=97, shuffle=None)
+
+
+def test_a_key_in_two_shards_is_not_packed_twice(tmp_path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", [*sample(name, 1), *sample("0007", 1)])
+    with pytest.raises(UserError, match=r"b\.tar: sample 0007 is also in .*a\.tar"):
+        open_source(f"{tmp_path}/*.tar", **PLAIN)
+
+
+def test_an_interrupted_packing_is_not_taken_for_a_data_set(tmp_path):
+    code = f"""
+import os, signal
+from data_pipeline.pack import open_source, pack
+source = open_source("sklearn:digits", label_field=None, caption_field=None, image_field="image")
+get = type(source).__getitem__
+type(source).__getitem__ = lambda s, n: os.kill(os.getpid(), signal.SIGKILL) if n == 50 else get(s, n)
+pack(source, {str(tmp_path)!r}, per_shard=20, heldout=0, shuffle=None)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert len(expand(f"{tmp_path}/train-*.tar")) == 2
+    (problem,) = verify(f"{tmp_path}/train-*.tar", classes=None).problems
+    assert "flowmill data pack has not ended here" in problem
+    with pytest.raises(UserError, match="flowmill data pack has not ended here"):
+        Samples(f"{tmp_path}/train-*.tar", classes=10)
+    source = open_source("sklearn:digits", **PLAIN)
+    with pytest.raises(UserError, match="packing into it was interrupted"):
+        pack(source, str(tmp_path), per_shard=20, heldout=0, shuffle=None)
+
+
+BAD_MEMBERS = {
+    "label -1 must lie in 0": [("a.png", b"x"), ("a.cls", b"-1")],
+    "caption is not UTF-8": [("a.png", b"x"), ("a.txt", b"caf\xe9")],
+    "line end": [("a\nb.png", b"x")],
+}
+
+
+@pytest.mark.parametrize("words", BAD_MEMBERS)
+def test_a_sample_that_nobody_could_read_leaves_no_shards(tmp_path, words):
+    good = [member for n in range(4) for member in sample(f"0{n}", n)]
+    source = open_source(write_tar(tmp_path / "s.tar", [*good, *BAD_MEMBERS[words]]), **PLAIN)
+    with pytest.raises(UserError, match=words):
+        pack(source, str(tmp_path / "out"), per_shard=2, heldout=0, shuffle=None)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def npz(path: Path, **arrays) -> str:
     np.savez(path, **arrays)
+    return str(path)
+
+
+def npy(path: Path, array: np.ndarray) -> str:
+    with path.open("wb") as file:
+        np.save(file, array)
     return str(path)
 
 
@@ -131,6 +197,12 @@ def test_what_cannot_be_packed_is_said(tmp_path):
         "float64": npz(tmp_path / "a.npz", images=good / 1.0, labels=np.arange(3)),
         "one integer an image": npz(tmp_path / "b.npz", images=good, labels=np.arange(2)),
         "arrays `images` and `labels`": npz(tmp_path / "c.npz", pixels=good),
+        "without a pixel": npz(
+            tmp_path / "e.npz", images=np.zeros((3, 0, 4), np.uint8), labels=np.arange(3)
+        ),
+        "it is one array": npy(tmp_path / "f.npz", good),
+        "holds no samples": npz(tmp_path / "g.npz", images=good[:0], labels=np.arange(0)),
+        "no file at that place": str(tmp_path / "nosuch.csv"),
         "Object arrays": npz(tmp_path / "d.npz", images=good, labels=np.array([{}] * 3)),
         "absent.npz": str(tmp_path / "absent.npz"),
         "cannot be packed": str(tmp_path / "x.zip"),
@@ -142,16 +214,18 @@ def test_what_cannot_be_packed_is_said(tmp_path):
         assert name in str(caught.value)
     digits = open_source("sklearn:digits", **PLAIN)
     with pytest.raises(UserError, match="cannot hold out 1797 of 1797 samples"):
-        pack(digits, folder, per_shard=5, heldout=1797, shuffle=None)
+        pack(digits, str(folder), per_shard=5, heldout=1797, shuffle=None)
     plain = open_source(write_tar(tmp_path / "p.tar", sample("0", 1)), **PLAIN)
-    pack(plain, folder, per_shard=5, heldout=0, shuffle=None)
+    pack(plain, str(folder), per_shard=5, heldout=0, shuffle=None)
     before = digest(folder)
     with pytest.raises(UserError, match=r"train-000000\.tar: shards are in the way"):
-        pack(plain, folder, per_shard=5, heldout=0, shuffle=None)
+        pack(plain, str(folder), per_shard=5, heldout=0, shuffle=None)
     assert digest(folder) == before
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", json.dumps({"other": 1}).encode(), None])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[" * 100_000, b"[]", json.dumps({"other": 1}).encode(), None]
+)
 def test_json_without_the_wanted_field_is_named(tmp_path, content):
     members = sample("0007", 1) + ([("0007.json", content)] if content else [])
     url = write_tar(tmp_path / "a.tar", members)

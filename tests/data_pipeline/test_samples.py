@@ -44,6 +44,8 @@ def test_every_storage_gives_the_same_bytes(shards, tmp_path):
         (sample("0007", 1, ""), "sample 0007: label b'' is not an integer"),
         (sample("0007", 1, "1.5"), "not an integer"),
         (sample("0007", 1, 10), r"sample 0007: label 10 must lie in 0 \.\. 9"),
+        (sample("0007", 1, "1_0"), r"sample 0007: label b'1_0' is not an integer"),
+        (sample("0007", 1, 2**64), r"sample 0007: label 18446744073709551616 must lie in 0 \.\. 9"),
         (sample("0007", 1, -1), r"sample 0007: label -1 must lie in 0 \.\. 9"),
     ],
 )

@@ -3,6 +3,7 @@
 import fsspec
 import pytest
 
+from data_pipeline import shards
 from data_pipeline.shards import expand, short_names
 from flows.errors import UserError
 
@@ -28,12 +29,32 @@ def test_braces_and_globs_name_the_same_shards(tmp_path, prefix):
         ("embedded:digits28/train-{000000..000009}.tar", "train-000004"),
         ("embedded:../order.py", "inside the package"),
         ("set/{00..03.tar", "braces"),
+        ("set/{000000..999999999999}.tar", "more than 10,000,000 shards"),
         ("nothing3://bucket/a.tar", "nothing3://bucket/a.tar: no storage driver"),
     ],
 )
 def test_what_a_pattern_does_not_name_is_said(pattern, words):
     with pytest.raises(UserError, match=words):
         expand(pattern)
+
+
+def test_too_many_names_are_refused_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(shards, "MOST_NAMES", 50)
+    for pattern in ("no/{0..9}{0..9}", "no/{a,b}{0..29}", "no/{0..60}"):
+        with pytest.raises(UserError, match="stand for more than 50 shards"):
+            expand(pattern)
+    with pytest.raises(UserError, match="no shard no/00"):
+        expand("no/{0..4}{0..9}")
+
+
+@pytest.mark.parametrize("prefix", ["", "memory://"])
+def test_a_folder_is_no_shard_with_a_slash_or_without(tmp_path, prefix):
+    folder = f"{prefix}{tmp_path}/digits"
+    with fsspec.open(f"{folder}/a.tar", "wb", auto_mkdir=True) as file:
+        file.write(b"x")
+    for name in (folder, f"{folder}/"):
+        with pytest.raises(UserError, match=r"digits is a folder; name .* in .*digits/\*\.tar"):
+            expand(name)
 
 
 def test_short_names_are_unique_and_free_of_the_place():

@@ -48,7 +48,7 @@ def test_classes_are_folders_and_captions_lie_beside(folder: Path, tmp_path: Pat
         ("cat/x_y/2", {"png": grey(1), "cls": b"0"}),
         ("dog/b", {"png": grey(0), "cls": b"1"}),
     ]
-    pack(source, tmp_path / "out", per_shard=3, heldout=1, shuffle=None)
+    pack(source, str(tmp_path / "out"), per_shard=3, heldout=1, shuffle=None)
     about = read_description(str(tmp_path / "out"))
     assert about is not None
     assert about.class_names == ("cat", "dog")
@@ -154,7 +154,13 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> No
         UserError, match=r"metadata\.csv: has no column sort; name one of file_name"
     ):
         opened(folder, label_field="sort")
+    (folder / "cat" / "more").symlink_to(folder / "dog")
+    with pytest.raises(UserError, match=r"cat/more: is a link to a folder"):
+        opened(folder)
+    (folder / "cat" / "more").unlink()
     for name, words in {
+        "dog/\udcff.png": r"\\udcff\.png' is not UTF-8",
+        "dog/a\n.png": r"a\\n\.png' is not UTF-8, or has a line end",
         "dog/movie.gif": r"movie\.gif: images of kind \.gif are not read",
         "cat/1.jpg": r"cat/1\.png and cat/1\.jpg would both be sample cat/1",
         "top.png": r"top\.png: lies beside class folders",
@@ -175,6 +181,16 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
             everything(opened(name, **{"image_field": "picture", **fields}))
 
     refused("has no column image; name one of picture, kind", COLUMNS, image_field="image")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["picture", "picture"])
+    csv.write_csv(table, tmp_path / "twice.csv")
+    with pytest.raises(UserError, match=r"twice\.csv: has several columns picture"):
+        opened(tmp_path / "twice.csv", image_field="picture")
+    damaged = Path(write_table(tmp_path / "damaged.parquet", {"image": [bytes(900)] * 5}))
+    content = bytearray(damaged.read_bytes())
+    content[4:60] = b"\xff" * 56
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.parquet: image of rows 0 to 1 cannot be read"):
+        everything(opened(damaged))
     refused("kind of row 1: None is not a class name", {**COLUMNS, "kind": ["a", None, "b", "c", "d"]},
             label_field="kind")  # fmt: skip
     refused("kind of row 2: -1 is not a class", {**COLUMNS, "kind": [0, 1, -1, 0, 0]},

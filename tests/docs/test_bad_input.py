@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.decode.decoder import open_decoder
+from data_pipeline.description import UNFINISHED
 from data_pipeline.faults import Tolerance, read_lines
 from data_pipeline.latents import write_array
 from data_pipeline.loader import Loader
@@ -112,6 +113,12 @@ def _in_memory(folder: Path) -> Case:
     for path in folder.glob("*.tar"):
         resolve("memory://x").storage.pipe_file(f"/table/{path.name}", path.read_bytes())
     return Case("memory://table/*.tar", "memory:///table/4.tar")
+
+
+def _interrupted(folder: Path) -> Case:
+    case = _set(folder)
+    (folder / UNFINISHED).touch()
+    return case
 
 
 def _vanished(folder: Path) -> Case:
@@ -265,6 +272,7 @@ BUILD: dict[str, Callable[[Path], Case]] = {
     "two tars joined": _rewritten(lambda tar: tar + tar),
     "member with an absolute path": _with(("/etc/0099.png", b"x")),
     "member with `..` in its path": _with(("../0099.png", b"x")),
+    "member whose name is not UTF-8": _with(("\udcff.png", b"x")),
     "link": _with((_special("0099.png", tarfile.SYMTYPE), b"")),
     "device, pipe": _with((_special("0099.png", tarfile.CHRTYPE), b"")),
     "`.pyd`, `.pickle`, `.pkl`, `.pth` or `.pt` member": _with(("0099.pth", b"x")),
@@ -278,6 +286,7 @@ BUILD: dict[str, Callable[[Path], Case]] = {
     "no image": _with(("0099.cls", b"1")),
     "two images": _with(*sample("0099", 1), ("0099.jpg", NOISE)),
     "label that is no number": _with(*sample("0099", 1, "cat")),
+    "label with an underscore": _with(*sample("0099", 1, "1_0")),
     "label out of range": _with(*sample("0099", 1, 10)),
     "shard that vanishes while it is read": _vanished,
     "shard that became shorter": _shortened,
@@ -291,10 +300,15 @@ BUILD: dict[str, Callable[[Path], Case]] = {
     "embedded caption that is not finite": _captioned(
         write_array(np.full((2, 3), np.nan, np.float32))
     ),
+    "more names than a data set has shards": lambda folder: Case(
+        f"{folder}/{{0..99999999}}.tar", ""
+    ),
+    "packing that was interrupted": _interrupted,
     "storage that nobody answers for": _refusing,
     "storage that wants credentials": _nobody,
     "batch larger than the memory": _huge,
     "broken JSON": _json(b'{"class": 1, "caption'),
+    "JSON nested too deeply": _json(b"[" * 100_000),
     "no caption in the JSON": _json(b'{"class": 1}'),
     "secret in a recipe": _recipe("data.storage.options.s3.secret=hunter2"),
     "password in an address": _recipe("data.train=https://me:hunter2@host/{0..9}.tar"),
