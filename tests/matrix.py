@@ -31,6 +31,7 @@ FAMILIES = {
     "DiT-MoE": "dit_moe",
 }
 DDP, TP, CP = "parallel.strategy=ddp", "parallel.tp=2", "parallel.cp=2"
+EP = "parallel.ep=2"
 RING, ZERO = "parallel.context=ring", "parallel.engine=deepspeed"
 # Layout -> ranks, and what it changes in a recipe.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -45,6 +46,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP 2 x FSDP2 2": (4, [TP, "parallel.strategy=fsdp"]),
     "CP 2 x FSDP2 2": (4, [CP, "parallel.strategy=fsdp"]),
     "TP 2 x CP 2": (4, [TP, CP, DDP]),
+    "EP 2": (2, [EP]),
+    "EP 2 x FSDP2 2": (4, [EP]),
+    "EP 2 x HSDP 2x2": (4, [EP, "parallel.strategy=hsdp"]),
+    "EP 2 x CP 2": (2, [EP, CP]),
+    "EP 2 x TP 2": (4, [EP, TP]),
     "ZeRO-1 2": (2, [ZERO, "parallel.deepspeed.stage=1"]),
     "ZeRO-2 2": (2, [ZERO, "parallel.deepspeed.stage=2"]),
     "ZeRO-3 2": (2, [ZERO, "parallel.deepspeed.stage=3"]),

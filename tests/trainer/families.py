@@ -17,8 +17,8 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "dit_moe": {
         "model": {
-            "family": "dit_moe", "patch": 4, "width": 32, "depth": 2, "heads": 2, "experts": 5,
-            "expert_hidden": 32, "capacity": 1.0, "bias_rate": 0.001, "z_weight": 0.001, "recurrent": 8,
+            "family": "dit_moe", "patch": 4, "width": 32, "depth": 2, "heads": 2, "experts": 6,
+            "expert_hidden": 32, "bias_rate": 0.001, "z_weight": 0.001, "recurrent": 8,
             "mask_outputs": 0.2,
         },
     },

@@ -19,7 +19,7 @@ from trainer.running import train_rank
 pytestmark = pytest.mark.timeout(600)
 
 EXACT = 1e-5
-EXPERTS = "model.experts=8"
+EXPERTS = ("model.experts=8", "model.capacity=1.0")
 # Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
 UNBOUND = ["model.capacity=0", "model.balance=sequence"]
 # ranks -> name: changes
@@ -43,7 +43,7 @@ MORE_NAMES = [name for layouts in MORE_LAYOUTS.values() for name in layouts]
 
 
 def recipe(folder: Path, changes: list[str]):
-    return override_recipe(families.recipe("dit_moe", folder), [EXPERTS, *changes])
+    return override_recipe(families.recipe("dit_moe", folder), [*EXPERTS, *changes])
 
 
 def train_all(ranks: Ranks, folder: str, layouts: dict[str, list[str]]) -> int:
