@@ -1,7 +1,8 @@
-"""`make matrix`: every family under every layout against one rank, as the tables of `docs/layouts.md`.
+"""`make matrix`: every family under every layout against one rank, and checkpoints from each layout to each
+other, as the tables of `docs/layouts.md`.
 
-Each run is a recipe of `tests.trainer.families` trained by the trainer's own loop on real ranks. The suite
-holds single cells; this prints all of them, and fails if one is past its gate.
+Each run of the first is a recipe of `tests.trainer.families` trained by the trainer's own loop on real
+ranks. The suite holds single cells; this prints all of them, and fails if one is past its gate.
 """
 
 import sys
@@ -9,11 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from flows.errors import UserError
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
+from tests.trainer import test_checkpoint_matrix as matrix_of_checkpoints
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
 from trainer.run_folder import RunFolder
@@ -152,6 +155,38 @@ def _largest(cell: Cell) -> str:
     return f"{max(cell.values()):.1e}" + ("" if passes(cell) else " **past its gate**")
 
 
+def checkpoints() -> dict[tuple[str, str], float]:
+    """(saved under, gone on under) -> the largest difference, of losses, weights, averages and moments."""
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+        whole = run_ranks(never_stopped, 1, timeout=300.0, folder=folder)[0]
+        found = matrix_of_checkpoints.whole_matrix(Path(folder), whole)
+    return {pair: max(errors.values()) for pair, errors in found.items()}
+
+
+def never_stopped(ranks: Ranks, folder: str) -> dict[str, Any]:
+    """The run of one rank: a checkpoint of its middle in `folder`, and how it ended."""
+    assert ranks.world_size == 1
+    run = matrix_of_checkpoints.alone()
+    run.train(0, matrix_of_checkpoints.MIDDLE)
+    run.save(Path(folder) / "1")
+    return run.ends()
+
+
+def checkpoint_table(found: dict[tuple[str, str], float]) -> str:
+    names = matrix_of_checkpoints.ALL
+    head = [
+        "| saved under \\ gone on under | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    return "\n".join(
+        head
+        + [
+            f"| {source} | " + " | ".join(f"{found[source, name]:.1e}" for name in names) + " |"
+            for source in names
+        ]
+    )
+
+
 def write(text: str) -> None:
     """Put the tables between their marks in the page."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
@@ -162,10 +197,12 @@ def write(text: str) -> None:
 def main() -> int:
     names = list(FAMILIES)
     found = matrix(list(LAYOUTS), names)
-    text = page(found, names)
+    moved = checkpoints()
+    text = f"{page(found, names)}\n\n## A checkpoint of any, under any other\n\n{checkpoint_table(moved)}"
     print(text)
     write(text)
-    return 0 if all(passes(cell) for row in found.values() for cell in row.values()) else 1
+    held = all(passes(cell) for row in found.values() for cell in row.values())
+    return 0 if held and max(moved.values()) <= GATE else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ one device that was never stopped: losses, weights, both moments and counts of A
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,19 @@ TWO = {
     "zero-3 x2": lambda: scenario.build_zero(3, json=CUT),
     "accelerate fsdp x2": lambda: scenario.build_accelerated("fsdp"),
 }
+FOUR = {
+    "fsdp x4": lambda: scenario.build(resolve_layout("fsdp", None, None, 4)),
+    "hsdp 2x2": lambda: scenario.build(resolve_layout("hsdp", 2, 2, 4)),
+    "tp 2 x fsdp 2": lambda: scenario.build(resolve_layout("fsdp", None, None, 4, tp=2)),
+}
+OF: dict[int, dict[str, Callable[[], Engine]]] = {1: {"1": lambda: alone_engine()}, 2: TWO, 4: FOUR}
+ALL = [name for layouts in OF.values() for name in layouts]
+
 # Every layout saves once and goes on once, beside the pairs with one rank.
 FAST = {
+    ("fsdp x2", "tp 2 x fsdp 2"),
+    ("tp x2", "hsdp 2x2"),
+    ("zero-3 x2", "fsdp x4"),
     ("ddp x2", "zero-3 x2"),
     ("zero-3 x2", "fsdp x2"),
     ("fsdp x2", "zero-1 x2"),
@@ -100,8 +112,12 @@ def at(folder: Path) -> Path:
     return folder / f"step-{MIDDLE:08d}"
 
 
+def alone_engine() -> Engine:
+    return scenario.build(resolve_layout("none", None, None, 1))
+
+
 def alone() -> Run:
-    return Run(scenario.build(resolve_layout("none", None, None, 1)))
+    return Run(alone_engine())
 
 
 def closed(run: Run) -> None:
@@ -111,27 +127,42 @@ def closed(run: Run) -> None:
         inner.destroy()
 
 
-def on_two_ranks(ranks: Ranks, folder: Path, pairs: set[tuple[str, str]]) -> dict[str, Any]:
-    """Save under every layout of two ranks; then go on, by pairs and from one rank."""
-    for name, build in TWO.items():
+def save_all(ranks: Ranks, folder: Path) -> None:
+    """A checkpoint of the middle under every layout of so many ranks."""
+    for name, build in OF[ranks.world_size].items():
         run = Run(build())
         run.train(0, MIDDLE)
         run.save(folder / name)
         closed(run)
+
+
+def go_on(ranks: Ranks, folder: Path, pairs: set[tuple[str, str]]) -> dict[str, Any]:
+    """How runs end that go on from checkpoints of other layouts."""
     ended = {}
-    for source in ("1", *TWO):
-        for name, build in TWO.items():
-            if source == "1" or (source, name) in pairs:
-                run = Run(build()).load(folder / source)
-                ended[f"{source} -> {name}"] = run.ends()
-                closed(run)
-    forgetful = Run(scenario.build_zero(2)).load(folder / "1")
-    for name, held in forgetful.engine.optimizer_tensors().items():
+    for name, build in OF[ranks.world_size].items():
+        for source in [source for source in ALL if (source, name) in pairs]:
+            run = Run(build()).load(folder / source)
+            ended[f"{source} -> {name}"] = run.ends()
+            closed(run)
+    return ended
+
+
+def save_and_go_on(ranks: Ranks, folder: Path, pairs: set[tuple[str, str]]) -> dict[str, Any]:
+    save_all(ranks, folder)
+    ended = go_on(ranks, folder, pairs)
+    if ranks.world_size == 2:
+        ended["without moments"] = forgetful(folder)
+    return ended
+
+
+def forgetful(folder: Path) -> dict[str, Any]:
+    """How a run ends that goes on without Adam's moments."""
+    run = Run(scenario.build_zero(2)).load(folder / "1")
+    for name, held in run.engine.optimizer_tensors().items():
         if isinstance(held, FlatPiece):
             held.local.zero_()
         assert isinstance(held, FlatPiece) or name.endswith(".step")
-    ended["without moments"] = forgetful.ends()
-    return ended
+    return run.ends()
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +184,20 @@ def never_stopped(one_rank, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def fast(never_stopped) -> dict[str, Any]:
     folder, _ = never_stopped
-    return run_ranks(on_two_ranks, 2, timeout=500.0, folder=folder, pairs=FAST)[0]
+    pairs = FAST | {("1", name) for name in ALL}
+    ended: dict[str, Any] = {}
+    for ranks in (2, 4):
+        ended |= run_ranks(save_and_go_on, ranks, timeout=500.0, folder=folder, pairs=pairs)[0]
+    return ended
 
 
 def hold(ended: dict[str, Any], whole: dict[str, Any]) -> None:
+    errors = differences(ended, whole)
+    assert max(errors.values()) <= EXACT, errors
+
+
+def differences(ended: dict[str, Any], whole: dict[str, Any]) -> dict[str, float]:
+    """Relative differences of losses, weights, averages, moments and counts."""
     ours, theirs = ended["held"], whole["held"]
     assert ours.keys() == theirs.keys()
     errors = {"losses": scenario.relative(ended["losses"], whole["losses"])}
@@ -164,7 +205,7 @@ def hold(ended: dict[str, Any], whole: dict[str, Any]) -> None:
         errors[part] = distance(ours, theirs, part, "")
     for slot in (".exp_avg", ".exp_avg_sq", ".step"):
         errors[slot] = distance(ours, theirs, "optimizer.", slot)
-    assert max(errors.values()) <= EXACT, errors
+    return errors
 
 
 def distance(ours: Any, theirs: Any, begin: str, end: str) -> float:
@@ -179,12 +220,12 @@ def test_any_engine_goes_on_from_any_other(never_stopped, fast, pair):
     hold(fast[" -> ".join(pair)], never_stopped[1])
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", [*TWO, *FOUR])
 def test_any_engine_goes_on_from_one_rank(never_stopped, fast, name):
     hold(fast[f"1 -> {name}"], never_stopped[1])
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", [*TWO, *FOUR])
 def test_one_rank_goes_on_from_any_engine(never_stopped, fast, name):
     folder, whole = never_stopped
     hold(alone().load(folder / name).ends(), whole)
@@ -201,7 +242,7 @@ def test_moments_that_are_dropped_are_noticed(never_stopped, fast):
 def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
     """Otherwise all of the above would compare one rank with itself."""
     folder, _ = never_stopped
-    written = {name: read_manifest(at(folder / name)) for name in ("1", *TWO)}
+    written = {name: read_manifest(at(folder / name)) for name in ALL}
     layouts = {name: manifest.layout for name, manifest in written.items()}
     assert layouts["1"] == "1 rank"
     assert layouts["ddp x2"] == "2 ranks"
@@ -210,23 +251,36 @@ def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
     assert layouts["accelerate fsdp x2"].startswith("2 ranks, mesh ")
     assert all(layouts[f"zero-{stage} x2"] == "2 ranks, cut flat" for stage in (1, 2, 3))
     entries = {name: manifest.tensors for name, manifest in written.items()}
-    assert all(entries[name].keys() == entries["1"].keys() for name in TWO)
+    assert all(entries[name].keys() == entries["1"].keys() for name in ALL)
     moment = "optimizer.blocks.1.attention.qkv.weight.exp_avg"
     boxes = {name: len(entries[name][moment].chunks) for name in written}
     assert boxes["1"] == boxes["ddp x2"] == 1
     assert boxes["tp x2"] == 6  # two shares each of queries, keys and values
-    assert boxes["zero-3 x2"] == boxes["fsdp x2"] == 2
+    assert boxes["zero-3 x2"] == boxes["fsdp x2"] == boxes["hsdp 2x2"] == 2
+    assert boxes["fsdp x4"] == 4
+    assert boxes["tp 2 x fsdp 2"] >= 6
+
+
+def whole_matrix(folder: Path, whole: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """(saved under, gone on under) -> differences from the run that was never stopped.
+
+    folder: with the checkpoint of one rank
+    """
+    pairs = {(source, name) for source in ALL for name in ALL}
+    for ranks in (2, 4):
+        run_ranks(save_all, ranks, timeout=500.0, folder=folder)
+    ended: dict[str, Any] = {}
+    for ranks in (1, 2, 4):
+        ended |= run_ranks(go_on, ranks, timeout=900.0, folder=folder, pairs=pairs)[0]
+    return {pair: differences(ended[" -> ".join(pair)], whole) for pair in sorted(pairs)}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_the_whole_matrix(never_stopped):
     folder, whole = never_stopped
-    pairs = {(source, name) for source in TWO for name in TWO}
-    copied = folder / "all"
-    shutil.copytree(folder / "1", copied / "1")
-    ended = run_ranks(on_two_ranks, 2, timeout=500.0, folder=copied, pairs=pairs)
-    for result in ended:
-        result.pop("without moments")
-        assert len(result) == (1 + len(TWO)) * len(TWO)
-        for one in result.values():
-            hold(one, whole)
+    shutil.copytree(folder / "1", folder / "all" / "1")
+    found = whole_matrix(folder / "all", whole)
+    assert len(found) == len(ALL) ** 2
+    for pair, errors in found.items():
+        assert max(errors.values()) <= EXACT, (pair, errors)
