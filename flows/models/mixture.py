@@ -86,23 +86,23 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         hidden = grouped_product(rows, up.mT, ends)
         gate, value = hidden.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(value)
-        ctx.save_for_backward(rows, up, down, ends, hidden, inner)
-        return grouped_product(inner, down.mT, ends)
+        opened = F.silu(gate)
+        ctx.save_for_backward(rows, up, down, ends, hidden, opened)
+        return grouped_product(opened * value, down.mT, ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, up, down, ends, hidden, inner = ctx.saved_tensors
+        rows, up, down, ends, hidden, opened = ctx.saved_tensors
         gate, value = hidden.chunk(2, dim=-1)
         gradient = gradient.contiguous()
         of_inner = grouped_product(gradient, down, ends)
         of_gate = torch.ops.aten.silu_backward(of_inner * value, gate)
-        of_hidden = torch.cat((of_gate, of_inner.mul_(F.silu(gate))), dim=-1)
+        of_hidden = torch.cat((of_gate, of_inner.mul_(opened)), dim=-1)
         wanted = ctx.needs_input_grad
         of_rows = grouped_product(of_hidden, up, ends) if wanted[0] else None
         of_up = grouped_outer(of_hidden, rows, ends) if wanted[1] else None
-        of_down = grouped_outer(gradient, inner, ends) if wanted[2] else None
+        of_down = grouped_outer(gradient, opened * value, ends) if wanted[2] else None
         return of_rows, of_up, of_down, None
 
 
