@@ -27,49 +27,15 @@ from flows.models.chain import Chain, Link, Stream, Told
 from flows.models.division import Region
 from flows.models.flow import FlowOutput
 from flows.models.norms import RMSNorm
-from flows.models.rotary import axis_angles, turns
+from flows.models.rotary import Rotary
 
 # softplus(0 + SOFTPLUS_ONE) = 1
 SOFTPLUS_ONE = math.log(math.e - 1.0)
 TABLE_STD = 0.01
 
-TEXT_PAIRS = 8
-
 # How the network's first output a gives the scale: exp(a), softplus(a + log(e - 1)), or 1 with no
 # such output (a volume-preserving block). a = 0 gives 1 in any case.
 Scale = Literal["exp", "softplus", "one"]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Angles of a square grid of tokens, and of a text before it.
-
-    Row and column have a quarter of a head's features in pairs each; with text both give four of
-    their pairs to a third axis, along which the text lies.
-
-    side: of the grid in tokens
-    trained_side: of the grid that coordinates are stretched to, whatever the side is
-    third_axis: the model has a text, even if this block does not read it
-    """
-
-    side: int
-    trained_side: int
-    third_axis: bool
-
-    def turn(self, head_width: int, text_tokens: int, chain: int) -> Tensor:
-        """(2, text_tokens + chain, head_width / 2) cosines and sines of text and image."""
-        place = torch.arange(chain, dtype=torch.float64, device="cpu")
-        step = self.trained_side / self.side
-        row, column = place.div(self.side, rounding_mode="floor") * step, place % self.side * step
-        pairs = head_width // 4 - (TEXT_PAIRS // 2 if self.third_axis else 0)
-        image = [axis_angles(row, pairs), axis_angles(column, pairs)]
-        text = [torch.zeros(text_tokens, pairs, dtype=torch.float64)] * 2
-        if self.third_axis:
-            read = torch.arange(text_tokens, dtype=torch.float64, device="cpu")
-            read = read * (self.trained_side / max(text_tokens, 1))
-            image.append(torch.zeros(chain, TEXT_PAIRS, dtype=torch.float64))
-            text.append(axis_angles(read, TEXT_PAIRS))
-        return turns(torch.cat((torch.cat(text, dim=1), torch.cat(image, dim=1))))
 
 
 @dataclass(frozen=True)

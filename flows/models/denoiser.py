@@ -12,7 +12,7 @@ from flows.errors import UserError
 from flows.initialise import Rule
 from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
-from flows.models.jet import Network, init_rule, network_products
+from flows.models.network import Network, init_rule, network_products
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.family import Architecture
 from flows.models.flow import FlowOutput
-from flows.models.jet import Network, couple, init_rule, network_products, network_regions
+from flows.models.jet import couple
+from flows.models.network import Network, init_rule, network_products, network_regions
 
 
 @dataclass(frozen=True)

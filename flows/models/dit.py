@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.errors import UserError
-from flows.initialise import Rule, xavier_uniform
+from flows.initialise import Rule
+from flows.models.adaln import TimeKind, adaln_zero, block_region, told_time
 from flows.models.attention import Attention
 from flows.models.chain import Chain, Link, Stream, Told
 from flows.models.division import Region
@@ -31,9 +32,13 @@ from flows.models.embeddings import (
     sincos_positions,
     unpatchify,
 )
-from flows.models.feedforward import FeedForwardKind, feedforward_of, feedforward_products
+from flows.models.feedforward import (
+    FeedForwardKind,
+    Projector,
+    feedforward_of,
+    feedforward_products,
+)
 from flows.models.norms import (
-    DYT_ALPHA,
     Modulation,
     NormKind,
     gated_residual,
@@ -43,12 +48,7 @@ from flows.models.norms import (
 from flows.models.refusals import check_heads, check_patches, check_position_table
 from flows.models.rotary import axial_turns, grid_places
 
-EMBEDDING_STD = 0.02
-DIFFUSION_STEPS = 1000
-
 Placement = Literal["pre", "peri", "post"]
-# How a network counts time: as flows do, or as the programs whose weights it may have.
-TimeKind = Literal["flow", "reversed", "steps"]
 
 
 @dataclass(frozen=True)
@@ -226,21 +226,6 @@ class Final(nn.Module):
         return features
 
 
-class Projector(nn.Module):
-    """Three layers with SiLU between them, from hidden states to the features of another encoder."""
-
-    def __init__(self, width: int, hidden: int, features: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.middle = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) -> (batch, tokens, features)."""
-        result: Tensor = self.out(F.silu(self.middle(F.silu(self.up(x)))))
-        return result
-
-
 class DiT(nn.Module):
     """The network v(x, t, label, text); deterministic, and computed in the dtype of its weights.
 
@@ -379,50 +364,6 @@ class DiT(nn.Module):
             name: adaln_zero(name, weight.shape, embeddings=("time.", "label."))
             for name, weight in self.named_parameters()
         }
-
-
-def block_region(
-    depth: int, after: tuple[str, ...], parts: Mapping[str, int], heads: int
-) -> Region:
-    """The region of `depth` blocks and of what is called on tokens after them, `final` among it."""
-    blocks = tuple(f"blocks.{index}" for index in range(depth))
-    return Region(
-        blocks=blocks,
-        after=after,
-        ends=after,
-        vectors=tuple(f"{name}.modulation" for name in (*blocks, "final")),
-        parts=parts,
-        heads={"model.heads": heads},
-    )
-
-
-def told_time(t: Tensor, kind: TimeKind) -> Tensor:
-    """Flow time t (0 noise, 1 data) as a network counts it; float32 whatever it computes in.
-
-    steps: of a diffusion from data to noise, 0 ... 999. Step k has seen k + 1 of 1,000 parts of the
-        noise of the variance-preserving path, which is what its schedule is a discretisation of.
-    """
-    if kind == "flow":
-        return t
-    backwards = 1 - t.float()
-    return backwards if kind == "reversed" else DIFFUSION_STEPS * backwards - 1
-
-
-def adaln_zero(name: str, shape: torch.Size, embeddings: tuple[str, ...]) -> Rule:
-    """adaLN-Zero: modulations and last layer zero, embeddings normal, all other weights Xavier.
-
-    embeddings: beginnings of the names of embeddings' parameters
-    """
-    if name.endswith("alpha"):
-        return Rule.constant(DYT_ALPHA)
-    if "norm" in name and name.endswith("weight"):
-        return Rule.constant(1.0)
-    if name.endswith("bias") or ".modulation." in name or name.startswith("final."):
-        return Rule.constant(0.0)
-    if name.startswith(embeddings):
-        return Rule.normal(EMBEDDING_STD)
-    outputs, inputs = shape
-    return xavier_uniform(inputs, outputs)
 
 
 def parameter_count(model: DiT, trainable_only: bool) -> int:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.initialise import Rule, xavier_uniform
+from flows.models.adaln import adaln_zero, block_region, told_time
 from flows.models.attention import Attention
 from flows.models.chain import Chain, Link, Stream, Told
-from flows.models.dit import Final, adaln_zero, block_region, told_time
+from flows.models.dit import Final
 from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from flows.errors import UserError
-from flows.models.dit import TimeKind
+from flows.models.adaln import TimeKind
 from flows.models.feedforward import RATIO, FeedForwardKind
 from flows.models.grouped import ALIGNMENT
 from flows.models.refusals import check_heads, check_patches, check_position_table

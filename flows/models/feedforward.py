@@ -52,6 +52,21 @@ class GatedFeedForward(nn.Module):
         return feedforward_division(self.down.in_features, up=2)
 
 
+class Projector(nn.Module):
+    """Three layers with SiLU between them, from hidden states to the features of another encoder."""
+
+    def __init__(self, width: int, hidden: int, features: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.middle = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) -> (batch, tokens, features)."""
+        result: Tensor = self.out(F.silu(self.middle(F.silu(self.up(x)))))
+        return result
+
+
 def feedforward_division(hidden: int, *, up: int) -> Division:
     """Of layers `up`, to so many runs of `hidden` features, and `down`."""
     return Division(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from flows.errors import UserError
 from flows.initialise import Rule
-from flows.models.dit import Final, adaln_zero, told_time
+from flows.models.adaln import adaln_zero, told_time
+from flows.models.dit import Final
 from flows.models.division import Region
 from flows.models.embeddings import (
     TimeEmbedding,

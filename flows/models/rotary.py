@@ -5,11 +5,13 @@ LightningDiT and FLUX.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BASE = 10_000.0
+TEXT_PAIRS = 8  # that turn along a text, where there is one before the image
 
 
 def axis_angles(place: Tensor, pairs: int, base: float = BASE) -> Tensor:
@@ -40,6 +42,38 @@ def axial_turns(places: Sequence[Tensor], pairs: Sequence[int]) -> Tensor:
 def turns(angles: Tensor) -> Tensor:
     """(2, tokens, pairs) float32: cosines and sines of float64 angles."""
     return torch.stack((angles.cos(), angles.sin())).float()
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Angles of a square grid of tokens, and of a text before it.
+
+    Row and column have a quarter of a head's features in pairs each; with text both give four of
+    their pairs to a third axis, along which the text lies.
+
+    side: of the grid in tokens
+    trained_side: of the grid that coordinates are stretched to, whatever the side is
+    third_axis: the model has a text, even if this block does not read it
+    """
+
+    side: int
+    trained_side: int
+    third_axis: bool
+
+    def turn(self, head_width: int, text_tokens: int, chain: int) -> Tensor:
+        """(2, text_tokens + chain, head_width / 2) cosines and sines of text and image."""
+        place = torch.arange(chain, dtype=torch.float64, device="cpu")
+        step = self.trained_side / self.side
+        row, column = place.div(self.side, rounding_mode="floor") * step, place % self.side * step
+        pairs = head_width // 4 - (TEXT_PAIRS // 2 if self.third_axis else 0)
+        image = [axis_angles(row, pairs), axis_angles(column, pairs)]
+        text = [torch.zeros(text_tokens, pairs, dtype=torch.float64)] * 2
+        if self.third_axis:
+            read = torch.arange(text_tokens, dtype=torch.float64, device="cpu")
+            read = read * (self.trained_side / max(text_tokens, 1))
+            image.append(torch.zeros(chain, TEXT_PAIRS, dtype=torch.float64))
+            text.append(axis_angles(read, TEXT_PAIRS))
+        return turns(torch.cat((torch.cat(text, dim=1), torch.cat(image, dim=1))))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule
 from flows.models.autoregressive import (
-    TEXT_PAIRS,
     BlockShape,
     FlowBlock,
-    Rotary,
     Scale,
     block_rules,
     chain_of,
@@ -33,6 +31,7 @@ from flows.models.chain import Chain, Told
 from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.flow import FlowOutput
+from flows.models.rotary import TEXT_PAIRS, Rotary
 from flows.models.tarflow import check_patches
 
 ZERO = {"minimum": 0}

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows.initialise import Rule
-from flows.models.dit import Block, DiTConfig, Final, adaln_zero, block_region
+from flows.models.adaln import adaln_zero, block_region
+from flows.models.dit import Block, DiTConfig, Final
 from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, sincos_positions
 from flows.models.feedforward import feedforward_products

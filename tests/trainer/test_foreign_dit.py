@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from flows.errors import UserError
-from flows.models.dit import Aligned, DiT, DiTConfig, told_time
+from flows.models.adaln import told_time
+from flows.models.dit import Aligned, DiT, DiTConfig
 from flows.paths import path_named
 from trainer.checkpoints.foreign import convert, to_foreign
 
