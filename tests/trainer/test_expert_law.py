@@ -1,5 +1,6 @@
 """The layout law for experts over ranks: all that one rank computes, balance and samples as well."""
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,12 +21,14 @@ pytestmark = pytest.mark.timeout(600)
 
 EXACT = 1e-5
 EXPERTS = ("model.experts=8", "model.capacity=1.0")
+MOVED = "ep4 after one rank"
 # Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
 UNBOUND = ["model.capacity=0", "model.balance=sequence"]
 # ranks -> name: changes
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     4: {
         "ep4": ["parallel.ep=4"],
+        MOVED: ["parallel.ep=4"],
         "fsdp4 ep2": ["parallel.ep=2", "train.microbatch=1", "train.checkpoint_activations=1"],
         "fsdp2 cp2 ep2": ["parallel.ep=2", "parallel.cp=2", *UNBOUND],
     },
@@ -42,8 +45,12 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 MORE_NAMES = [name for layouts in MORE_LAYOUTS.values() for name in layouts]
 
 
+HALF = families.STEPS // 2
+
+
 def recipe(folder: Path, changes: list[str]):
-    return override_recipe(families.recipe("dit_moe", folder), [*EXPERTS, *changes])
+    every = f"checkpoint.every={HALF}"
+    return override_recipe(families.recipe("dit_moe", folder), [*EXPERTS, every, *changes])
 
 
 def train_all(ranks: Ranks, folder: str, layouts: dict[str, list[str]]) -> int:
@@ -71,10 +78,20 @@ def one(tmp_path_factory) -> Path:
     return folder
 
 
+def stopped(run: Path, place: Path) -> Path:
+    """A copy of a run as it was at its half; its folder."""
+    shutil.copytree(run, place)
+    shutil.rmtree(place / "checkpoints" / f"step-{families.STEPS:08d}")
+    assert list(runs.manifests(place)) == [HALF]
+    return place
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Of all runs."""
-    return trained(tmp_path_factory.mktemp("experts"), LAYOUTS)
+def folder(one, tmp_path_factory) -> Path:
+    """Of all runs, one of which was begun by one rank."""
+    made: Path = tmp_path_factory.mktemp("experts")
+    stopped(one / "plain", made / MOVED)
+    return trained(made, LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +103,7 @@ def routing(folder: Path) -> list[dict]:
     return [line["experts"] for line in runs.lines(folder)]
 
 
-def hold(ours: Path, theirs: Path) -> None:
+def hold(ours: Path, theirs: Path, *, cut: bool = True) -> None:
     """The law, for what was trained and for what was drawn."""
     errors = {}
     for key in ("loss", "grad_norm"):
@@ -102,7 +119,7 @@ def hold(ours: Path, theirs: Path) -> None:
         for key in ("load", "load_by_time", "dropped", "imbalance"):
             assert one[key] == other[key], key
         assert one["entropy"] == pytest.approx(other["entropy"], rel=EXACT)
-    assert "slices" in runs.manifests(ours)[families.STEPS].layout
+    assert ("slices" in runs.manifests(ours)[families.STEPS].layout) == cut
     # Pictures are rounded to whole levels, so that one may fall on the other side.
     assert (drawn(ours) - drawn(theirs)).abs().max() <= 1
 
@@ -115,6 +132,12 @@ def drawn(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_over_ranks_train_what_one_rank_trains(folder, one, name):
     hold(folder / name, one / ("cut" if "cp2" in name else "plain"))
+
+
+def test_one_rank_goes_on_from_experts_over_ranks(folder, one, tmp_path):
+    place = stopped(folder / "fsdp4 ep2", tmp_path / "run")
+    assert runs.train_here(recipe(place, [])).finished
+    hold(place, one / "plain", cut=False)
 
 
 @pytest.mark.slow
