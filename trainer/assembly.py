@@ -36,6 +36,7 @@ from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
+from trainer.pipelines import check_pipeline
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
@@ -68,8 +69,10 @@ class Plan:
         layout, engine = self.layout, self.recipe.parallel.engine
         by = "" if engine == "native" else f"{engine} "
         degrees = f"{by}{layout.strategy}, replicate {layout.replicate} x shard {layout.shard}"
-        cut = [(name, size) for name, size in (("cp", layout.cp), ("tp", layout.tp)) if size > 1]
+        axes = (("pp", layout.pp), ("cp", layout.cp), ("tp", layout.tp))
+        cut = [(name, size) for name, size in axes if size > 1]
         way = f" ({layout.context})" if layout.cp > 1 else ""
+        way += f" ({self.recipe.parallel.schedule})" if layout.pp > 1 else ""
         experts = f", experts over {layout.ep}" if layout.ep > 1 else ""
         return degrees + "".join(f" x {name} {size}" for name, size in cut) + way + experts
 
@@ -109,6 +112,8 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
             f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
             f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
         )
+    if layout.pp > 1:
+        check_pipeline(recipe, layout, model)
     with torch.device("meta"):
         network = model.build()
     if layout.tp > 1:

@@ -9,12 +9,13 @@ import torch
 from flows.errors import UserError
 from flows.models.family import Architecture
 from parallel.clock import Clock
-from parallel.engines import accelerate, deepspeed, deepspeed_config, native
+from parallel.engines import accelerate, deepspeed, deepspeed_config, native, pipelined
 from parallel.engines.deepspeed_config import Json, Stage
 from parallel.engines.engine import Engine, OptimizerFactory
 from parallel.mesh import Layout, build_mesh, resolve_layout
 from parallel.processes import Ranks
 from trainer.optimizers import build as build_adamw
+from trainer.pipelines import chain_costs, schedule_of
 from trainer.recipe import Recipe
 
 
@@ -77,6 +78,7 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         context=section.context,
         sequence=section.sequence,
         ep=section.ep,
+        pp=section.pp,
     )
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(
@@ -119,10 +121,25 @@ def build_engine(
             optimizer=factory,
             clock=clock,
         )
+    mesh = build_mesh(placement.layout, ranks.device)
+    if placement.layout.pp > 1:
+        return pipelined.build(
+            network,
+            placement.layout,
+            mesh,
+            schedule_of(recipe, placement.layout),
+            chain_costs(recipe, model, None)[1],
+            device=ranks.device,
+            seed=recipe.seed,
+            precision=train.precision,
+            checkpoint_activations=train.recompute,
+            optimizer=factory,
+            clock=clock,
+        )
     return native.build(
         network,
         placement.layout,
-        build_mesh(placement.layout, ranks.device),
+        mesh,
         device=ranks.device,
         seed=recipe.seed,
         precision=train.precision,

@@ -1,52 +1,109 @@
-"""What a pipeline asks of a recipe's model: its chain, and what the links of it cost."""
+"""What a recipe says of a pipeline: the order of its work, and where the model is cut."""
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from flows.batch import Batch
 from flows.errors import UserError
 from flows.initialise import Initialisable, initialise
 from flows.models.chain import Chain, Chained
-from flows.randomness import Draw
+from flows.models.family import Architecture
+from parallel.mesh import Layout
+from parallel.pipeline.catalog import BIDIRECTIONAL, Words, make_schedule
 from parallel.pipeline.costs import operations, seconds
-from trainer.assembly import build_objective, model_architecture
+from parallel.pipeline.cut import cut
+from parallel.pipeline.schedule import Schedule
 from trainer.recipe import Recipe
 
 REPEATS = 5
+WORDS = Words(
+    "parallel.schedule",
+    "parallel.pp",
+    "train.batch / train.microbatch (a rank's)",
+    "parallel.chunks",
+)
 
 
-def chain_of_model(model: nn.Module, recipe: Recipe) -> Chain:
-    """The links of a recipe's model. Raises UserError for a family that cannot be cut into stages."""
+def chain_of(model: nn.Module, family: str) -> Chain:
+    """The links of a model. Raises UserError for a family that cannot be cut into stages."""
     if not hasattr(model, "chain"):
         raise UserError(
-            f"model.family = {recipe.model.family} is not cut into stages; use parallel.pp=1, or the family "
-            "dit, starflow or tarflow."
+            f"model.family = {family} is not cut into stages; use parallel.pp=1, or the family dit, "
+            "starflow or tarflow."
         )
     return cast(Chained, model).chain()
 
 
-def chain_costs(recipe: Recipe, batch: int | None) -> tuple[Chain, list[float]]:
+def chain_costs(
+    recipe: Recipe, architecture: Architecture, batch: int | None
+) -> tuple[Chain, list[float]]:
     """Matrix products of every link for one sample, or seconds of forward and backward of `batch` samples."""
     device = torch.device("meta" if batch is None else "cpu")
     with device:
-        model = model_architecture(recipe).build()
-    chain = chain_of_model(model, recipe)
+        model = architecture.build()
+    chain = chain_of(model, recipe.model.family)
     if batch is None:
-        inputs = {name: value.to(device) for name, value in _inputs(recipe, 1).items()}
-        return chain, operations(chain, inputs)
+        return chain, operations(chain, _inputs(recipe, 1, device))
     initialise(cast(Initialisable, model), recipe.seed)
-    return chain, seconds(chain, _inputs(recipe, batch), REPEATS)
+    return chain, seconds(chain, _inputs(recipe, batch, device), REPEATS)
 
 
-def _inputs(recipe: Recipe, batch: int) -> dict[str, Tensor]:
-    """What the objective makes of grey images for the network."""
+def microbatches(recipe: Recipe, layout: Layout) -> int:
+    """Of a rank's samples of one step. Raises UserError if they are not all of one size."""
+    local = recipe.train.batch // layout.data_size
+    size = min(recipe.train.microbatch or local, local)
+    if local % size:
+        fits = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
+        raise UserError(
+            f"train.microbatch = {size} does not divide the {local} samples of a rank, and a pipeline's "
+            f"microbatches are all of one size; use {fits}."
+        )
+    return local // size
+
+
+def schedule_of(recipe: Recipe, layout: Layout) -> Schedule:
+    """The order of a step. Raises UserError for what it cannot do."""
+    section = recipe.parallel
+    number = microbatches(recipe, layout)
+    return make_schedule(section.schedule, layout.pp, number, section.chunks, WORDS)
+
+
+def copies(recipe: Recipe) -> int:
+    """How often one pipeline holds the model."""
+    two = recipe.parallel.pp > 1 and recipe.parallel.schedule in BIDIRECTIONAL
+    return 2 if two else 1
+
+
+def check_pipeline(recipe: Recipe, layout: Layout, architecture: Architecture) -> None:
+    """Raises UserError unless the model can be cut over the ranks of `pp`, as the schedule asks."""
+    for key, size in (("tp", layout.tp), ("cp", layout.cp), ("ep", layout.ep)):
+        if size > 1:
+            raise UserError(
+                f"parallel.pp = {layout.pp} and parallel.{key} = {size} do not go together; set one of them "
+                "to 1."
+            )
+    for key, given in (
+        ("train.compile", recipe.train.compile),
+        ("parallel.offload", recipe.parallel.offload),
+    ):
+        if given:
+            raise UserError(
+                f"{key} = true does not go together with parallel.pp; drop one of them."
+            )
+    schedule = schedule_of(recipe, layout)
+    cut(chain_costs(recipe, architecture, None)[1], schedule.places[0])
+
+
+def _inputs(recipe: Recipe, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of the network's forward, all zeros."""
     data = recipe.data
-    image = torch.zeros(batch, data.channels, data.image_size, data.image_size)
-    extras = {}
+    size = (batch, data.channels, data.image_size, data.image_size)
+    inputs = {
+        "x": torch.zeros(size, device=device),
+        "t": torch.zeros(batch, device=device),
+        "label": torch.zeros(batch, dtype=torch.int64, device=device),
+    }
     if data.text:
-        extras["text"] = torch.zeros(batch, data.text.tokens, data.text.width)
-    position = torch.arange(batch)
-    samples = Batch(image, torch.zeros(batch, dtype=torch.int64), position, extras)
-    return build_objective(recipe).prepare(samples, Draw(recipe.seed, 0, position)).inputs
+        inputs["text"] = torch.zeros(batch, data.text.tokens, data.text.width, device=device)
+    return inputs

@@ -9,7 +9,18 @@ from parallel.activation import Recompute
 from trainer.section import Below1, Positive, Section, Text
 
 # Keys of `parallel` that cut the work on one sample.
-SPLITTING = ("tp", "sequence", "cp", "context", "ep")
+PipelineSchedule = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv",
+    "dualpipev",
+    "bitpipe",
+    "chimera",
+]
+SPLITTING = ("tp", "sequence", "cp", "context", "ep", "pp", "schedule", "chunks")
 
 
 class RunSection(Section):
@@ -126,6 +137,16 @@ class ParallelSection(Section):
     ep: Positive = Field(
         1, description="ranks that experts are divided over, among the shard x cp of one copy"
     )
+    pp: Positive = Field(
+        1, description="ranks that the network's layers are cut over, as a pipeline"
+    )
+    schedule: PipelineSchedule = Field(
+        "1f1b", description="under pp: the order of its work, see `flowmill pipeline show`"
+    )
+    chunks: Positive | None = Field(
+        None,
+        description="under pp: stages on each rank, where the schedule leaves it open; null: 2",
+    )
     context: Literal["ulysses", "ring"] = Field(
         "ulysses",
         description="under cp: attention exchanges heads for tokens, or passes keys and values around",
@@ -153,6 +174,16 @@ class ParallelSection(Section):
                 raise ValueError(
                     f"parallel.{name} is given, and parallel.engine = {self.engine} has no use for it; "
                     "drop it, or choose another engine"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_of_pp(self) -> "ParallelSection":
+        for name in ("schedule", "chunks"):
+            if self.pp == 1 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"parallel.{name} is given, and parallel.pp = 1 makes no pipeline; set parallel.pp, or "
+                    "drop it"
                 )
         return self
 

@@ -95,12 +95,15 @@ def cut(
 ) -> None:
     """How a recipe's model is cut into stages, beside a cut at the borders of its flow blocks."""
     from parallel.pipeline.catalog import Words, make_schedule
+    from trainer.assembly import model_architecture
     from trainer.pipelines import chain_costs
     from trainer.recipe import load_recipe
 
     words = Words("--schedule", "--stages", "a step's microbatches", "--chunks")
     places = make_schedule(schedule, stages, 2 * max(stages, 1), chunks, words).places[0]
-    chain, costs = chain_costs(load_recipe(recipe, overrides or []), batch if measured else None)
+    loaded = load_recipe(recipe, overrides or [])
+    architecture = model_architecture(loaded)
+    chain, costs = chain_costs(loaded, architecture, batch if measured else None)
     cuts = {"between layers": _cut(chain, costs, places, None)}
     if len(chain.borders) < len(chain.links):
         cuts["at the borders of flow blocks"] = _cut(chain, costs, places, chain.borders)

@@ -49,9 +49,9 @@ def make_schedule(
     if name in BIDIRECTIONAL:
         for word, number in ((words.stages, ranks), (words.microbatches, microbatches)):
             if number % 2:
+                fits = " or ".join(str(n) for n in (number - 1, number + 1) if n)
                 raise UserError(
-                    f"{word} = {number} is odd, and {name} runs in two directions; "
-                    f"use {number - 1 or 2} or {number + 1}."
+                    f"{word} = {number} is odd, and {name} runs in two directions; use {fits}."
                 )
         return BIDIRECTIONAL[name](ranks, microbatches)
     _check_enough(name, ranks, microbatches, words)

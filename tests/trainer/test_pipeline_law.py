@@ -105,7 +105,7 @@ def trained(
     else:
         number = families.BATCH // layout.data_size // microbatch
         order = make_schedule(schedule, layout.pp, number, None, WORDS)
-        costs = chain_costs(recipe, None)[1]
+        costs = chain_costs(recipe, made.model, None)[1]
         engine = pipelined.build(network, layout, mesh, order, costs, **common)
     first = whole(engine)
     rules = {name: Rule.normal(STD) for name in engine.parameters()}
