@@ -71,6 +71,11 @@ def measure(recipe: Recipe, ranks: int) -> RankMemory:
         )
     placement = place(recipe, ranks)
     architecture, layout = model_architecture(recipe), placement.layout
+    if layout.pp > 1:
+        raise UserError(
+            f"parallel.pp = {layout.pp} gives every rank another part of the model, of which this benchmark "
+            "knows nothing; use parallel.pp=1."
+        )
     check_layout(recipe, layout, architecture)
     with pretended_ranks(ranks):
         mesh = build_mesh(layout, torch.device("cpu"))
