@@ -4,6 +4,7 @@ Those that a compiler may meet are operators of their own, which it need not loo
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -45,17 +46,60 @@ def send_to_each(parts: Tensor, group: ProcessGroup) -> Tensor:
     return received
 
 
-def send_rows(
+@dataclass(frozen=True)
+class Rows:
+    """Rows on their way from all ranks; `sent` are on their way to them."""
+
+    sent: Tensor
+    received: Tensor
+    work: Work
+
+    def arrived(self) -> Tensor:
+        """The rows, once they have come."""
+        self.work.wait()
+        return self.received
+
+
+def send_rows_off(
     rows: Tensor, sending: Sequence[int], receiving: Sequence[int], group: ProcessGroup
-) -> Tensor:
+) -> Rows:
     """Rows (sum of `sending`, ...) for each rank in turn -> (sum of `receiving`, ...); differentiable.
 
     sending, receiving: how many go to each rank, and come from it
+
+    Backwards, gradients go back as soon as they are there, and are waited for.
     """
-    received: Tensor = _send_rows(
-        rows.contiguous(), list(sending), list(receiving), group.group_name
-    )
-    return received
+    works: list[Work] = []
+    rows = rows.contiguous()  # what travels is to stay where it is until it has
+    received = _SendRows.apply(rows, list(sending), list(receiving), group, works)
+    return Rows(rows, received, works[0])
+
+
+class _SendRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        sending: list[int],
+        receiving: list[int],
+        group: ProcessGroup,
+        works: list[Work],
+    ) -> Tensor:
+        ctx.sending, ctx.receiving, ctx.group = sending, receiving, group
+        received = rows.new_empty(sum(receiving), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            received, rows, receiving, sending, group=group, async_op=True
+        )
+        works.append(work)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back = gradient.new_empty(sum(ctx.sending), *gradient.shape[1:])
+        dist.all_to_all_single(
+            back, gradient.contiguous(), ctx.sending, ctx.receiving, group=ctx.group
+        )
+        return back, None, None, None, None
 
 
 def gather_mask(mask: Tensor, group: ProcessGroup) -> Tensor:
@@ -100,33 +144,6 @@ def _send_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 
 
 _send_to_each.register_autograd(_send_back, setup_context=_remember_group)
-
-
-@torch.library.custom_op("flowmill::send_rows", mutates_args=())
-def _send_rows(rows: Tensor, sending: list[int], receiving: list[int], group_name: str) -> Tensor:
-    received = rows.new_empty(sum(receiving), *rows.shape[1:])
-    dist.all_to_all_single(received, rows, receiving, sending, group=named_group(group_name))
-    return received
-
-
-@_send_rows.register_fake
-def _(rows: Tensor, _sending: list[int], receiving: list[int], _group_name: str) -> Tensor:
-    return rows.new_empty(sum(receiving), *rows.shape[1:])
-
-
-def _remember_sizes(
-    ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], **_output: Tensor
-) -> None:
-    _, ctx.sending, ctx.receiving, ctx.group_name = inputs
-
-
-def _rows_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    gradient = gradient.contiguous()
-    back: Tensor = _send_rows(gradient, ctx.receiving, ctx.sending, ctx.group_name)
-    return back, None, None, None
-
-
-_send_rows.register_autograd(_rows_back, setup_context=_remember_sizes)
 
 
 @torch.library.custom_op("flowmill::gather", mutates_args=())

@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from flows.errors import UserError
-from flows.models.mixture import Compute, Experts
+from flows.models.mixture import Compute, Experts, Meanwhile
 from flows.models.routers import Reach, Router
-from parallel.exchange import send_rows, send_to_each
+from parallel.exchange import send_rows_off, send_to_each
 from parallel.mesh import AXES, Layout
 from parallel.pieces import Cut
 from parallel.regions import all_reduce
@@ -169,22 +169,24 @@ def expert_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
 
 
 def with_other_ranks(
-    compute: Compute, rows: Tensor, counts: Tensor, *, group: ProcessGroup
-) -> Tensor:
+    compute: Compute, rows: Tensor, counts: Tensor, meanwhile: Meanwhile, *, group: ProcessGroup
+) -> tuple[Tensor, Tensor | None]:
     """`compute` of rows that travel to the ranks of their experts and back.
 
     rows: (slots, width) in the order of all experts, counts: (experts,) rows of each
+    meanwhile: done while they travel there
     """
     ranks = dist.get_world_size(group)
     sent = counts.view(ranks, -1)
     arriving = send_to_each(sent, group)
     # The sizes of messages are the host's business: it waits here for what it has sent.
     sending, receiving = sent.sum(1).tolist(), arriving.sum(1).tolist()
-    arrived = send_rows(rows, sending, receiving, group)
-    order = _by_expert(arriving)
+    travelling = send_rows_off(rows, sending, receiving, group)
+    order, aside = _by_expert(arriving), meanwhile()
+    arrived = travelling.arrived()
     outputs = compute(arrived.index_select(0, order), arriving.sum(0))
     back = outputs.index_select(0, order.argsort())
-    return send_rows(back, receiving, sending, group)
+    return send_rows_off(back, receiving, sending, group).arrived(), aside
 
 
 def _by_expert(arriving: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ for all whatever their loads.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,16 @@ from flows.routed import Routed
 Compute = Callable[[Tensor, Tensor], Tensor]
 
 
-def at_home(compute: Compute, rows: Tensor, counts: Tensor) -> Tensor:
-    """`compute` where all experts are."""
-    return compute(rows, counts)
+# Work that needs no rows, to be done while they travel: of the network that computes every token.
+Meanwhile = Callable[[], Tensor | None]
+Exchange = Callable[[Compute, Tensor, Tensor, Meanwhile], tuple[Tensor, Tensor | None]]
+
+
+def at_home(
+    compute: Compute, rows: Tensor, counts: Tensor, meanwhile: Meanwhile
+) -> tuple[Tensor, Tensor | None]:
+    """`compute` where all experts are, and what `meanwhile` gives."""
+    return compute(rows, counts), meanwhile()
 
 
 class Experts(nn.Module):
@@ -41,7 +49,7 @@ class Experts(nn.Module):
     def __init__(self, experts: int, width: int, hidden: int, kind: FeedForwardKind) -> None:
         super().__init__()
         self.count, self.kind = experts, kind
-        self.exchange: Callable[[Compute, Tensor, Tensor], Tensor] = at_home
+        self.exchange: Exchange = at_home
         inner = 2 * hidden if kind == "swiglu" else hidden
         self.up = nn.Parameter(torch.empty(experts, inner, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
@@ -49,10 +57,15 @@ class Experts(nn.Module):
             self.up_bias = nn.Parameter(torch.empty(experts, inner))
             self.down_bias = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (slots, width) in the order of the experts, counts (experts,) -> (slots, width)."""
+    def forward(
+        self, rows: Tensor, counts: Tensor, meanwhile: Meanwhile
+    ) -> tuple[Tensor, Tensor | None]:
+        """rows (slots, width) in the order of the experts, counts (experts,) -> (slots, width).
+
+        And what `meanwhile` gives.
+        """
         compute = self._gated if self.kind == "swiglu" else self._with_biases
-        return self.exchange(compute, rows.to(dtype_of_products(self.up)), counts)
+        return self.exchange(compute, rows.to(dtype_of_products(self.up)), counts, meanwhile)
 
     def _gated(self, rows: Tensor, counts: Tensor) -> Tensor:
         up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
@@ -150,10 +163,12 @@ class Mixture(nn.Module):
         """
         slots, penalty, routed, state = self.router(x, state, cell, mask)
         rows = x.flatten(0, 1)
-        outputs = self.experts(rows.index_select(0, slots.token), slots.counts)
+        sent = rows.index_select(0, slots.token)
+        outputs, shared = self.experts(sent, slots.counts, partial(self._of_all, x))
         weighted = outputs * slots.weight.unsqueeze(1).to(outputs.dtype)
         mixed = weighted.new_zeros(len(rows), rows.shape[1]).index_add(0, slots.token, weighted)
         y = mixed.view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, penalty, routed, state
+        return y if shared is None else y + shared, penalty, routed, state
+
+    def _of_all(self, x: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x)
