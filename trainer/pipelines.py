@@ -77,12 +77,10 @@ def copies(recipe: Recipe) -> int:
 
 def check_pipeline(recipe: Recipe, layout: Layout, architecture: Architecture) -> None:
     """Raises UserError unless the model can be cut over the ranks of `pp`, as the schedule asks."""
-    for key, size in (("tp", layout.tp), ("cp", layout.cp), ("ep", layout.ep)):
-        if size > 1:
-            raise UserError(
-                f"parallel.pp = {layout.pp} and parallel.{key} = {size} do not go together; set one of them "
-                "to 1."
-            )
+    if layout.ep > 1:
+        raise UserError(
+            f"parallel.pp = {layout.pp} and parallel.ep = {layout.ep} do not go together; set one of them to 1."
+        )
     for key, given in (
         ("train.compile", recipe.train.compile),
         ("parallel.offload", recipe.parallel.offload),

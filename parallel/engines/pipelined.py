@@ -5,7 +5,7 @@ ranks of a pipeline have the same samples and draw the same noise; the first sta
 last stage's results are compared. Of the weights, those of links lie on one rank of the pipeline (on two
 where the schedule has two directions); those by which the condition is computed lie on all, and each rank
 has the part of their gradient that comes from its own stages. Over data ranks parameters are cut by FSDP,
-or are copies, whose gradients are averaged here.
+or are copies, whose gradients are averaged here; the work of a stage may be shared over `tp` and `cp`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,19 +26,21 @@ from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
+from parallel.context import cut_sequences
 from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
 from parallel.engines.native import NativeEngine
 from parallel.fsdp import shard_model
 from parallel.gradients import EPSILON, gradient_norm, sum_partial
 from parallel.initialise import fill_parameters
 from parallel.mesh import DATA_AXES, PEER_AXES, Layout, averaging_mesh, data_rank, groups_along
-from parallel.parallelize import ParallelModel
-from parallel.pieces import local_part, whole_tensor
+from parallel.parallelize import FlowModel, ParallelModel
+from parallel.pieces import Cut, Slice, local_part, whole_tensor
 from parallel.pipeline.cut import Bounds, cut
 from parallel.pipeline.part import Chainable, Part
 from parallel.pipeline.runtime import Held, Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.precision import Precision, computing, gather_policy
+from parallel.tensor import Divided, divide
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Pipeline:
     told: names of those by which conditions are computed, which are on every rank
     counted: names of those whose gradients this rank counts in the norm, so that none is counted twice
     owners: single-device name -> the rank of the pipeline that gives the parameter to others
+    divided: how parameters are cut over `tp`
     """
 
     single: nn.Module
@@ -59,6 +62,7 @@ class Pipeline:
     told: tuple[str, ...]
     counted: tuple[str, ...]
     owners: dict[str, int]
+    divided: Divided
 
 
 class PipelinedEngine(NativeEngine):
@@ -70,9 +74,16 @@ class PipelinedEngine(NativeEngine):
         """rest: of `NativeEngine`"""
         parts = nn.ModuleList(pipeline.parts.values())
         rest["optimizer"] = partial(_apart, rest["optimizer"])
-        super().__init__(ParallelModel(parts, parts, pipeline.parameters, {}), **rest)
+        divided = pipeline.divided
+        laid_out = ParallelModel(
+            parts, parts, pipeline.parameters, divided.cuts, divided.partial, pipeline.single
+        )
+        super().__init__(laid_out, **rest)
         self._pipeline, self._pp = pipeline, mesh.get_group("pp")
         self._cut_over_data = layout.strategy in ("fsdp", "hsdp")
+        # Ranks with parts of one sequence average as if they had different samples, as FSDP does.
+        self._averaged = groups_along(mesh, (*DATA_AXES, "cp"))
+        self._copies = layout.data_size * layout.cp
         self._losses: dict[int, Tensor] = {}
         self._global_batch = 1
         self._objective: Objective | None = None
@@ -108,7 +119,8 @@ class PipelinedEngine(NativeEngine):
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"), torch.no_grad():
             own = self._pipeline.parameters
-            squares = gradient_norm(own[name] for name in self._pipeline.counted).square()
+            held = self._model.held
+            squares = gradient_norm(held[name] for name in self._pipeline.counted).square()
             squares = squares.to(self.device)
             dist.all_reduce(squares, group=self._pp)
             norm = squares.sqrt()
@@ -155,11 +167,12 @@ class PipelinedEngine(NativeEngine):
                 own[name].grad = torch.zeros_like(own[name])
         sum_partial([own[name] for name in told], self._pp)
         copied = [own[name] for name in own if name in told or not self._cut_over_data]
-        for group in self._data_groups:
+        for group in self._averaged:
             sum_partial(copied, group)
-        if copied and self.data_size > 1:
+        if copied and self._copies > 1:
             gradients = [p.grad for p in copied if p.grad is not None]
-            torch._foreach_div_(gradients, float(self.data_size))
+            torch._foreach_div_(gradients, float(self._copies))
+        self._sum_partial()
 
     def _copy(self) -> nn.Module:
         """The model as one device has it, with the weights of now; a collective."""
@@ -168,7 +181,8 @@ class PipelinedEngine(NativeEngine):
         for name, parameter in copy.named_parameters():
             owner = self._pipeline.owners[name]
             if dist.get_rank(self._pp) == owner:
-                parameter.copy_(whole_tensor(self._pipeline.parameters[name]))
+                held = self._model.placed(name, self._pipeline.parameters[name])
+                parameter.copy_(whole_tensor(held))
             dist.broadcast(parameter, src=ranks[owner], group=self._pp)
         cast(Chainable, copy).reset_buffers()
         return copy
@@ -234,10 +248,15 @@ def lay_pipeline(
     rules = rules_of(cast(Chainable, model))
     bounds = cut(costs, schedule.places[0])
     context = partial(computing, precision, device)
-    parts = {
-        held: Part(deepcopy(model), bounds[held[1]], bounds[held[1] + 1], context)
-        for held in schedule.local(rank)
-    }
+    parts: dict[Held, Part] = {}
+    cuts: dict[str, Cut] = {}
+    partials: set[str] = set()
+    for held in schedule.local(rank):
+        copy = deepcopy(model)
+        divided = _divide(copy, mesh, layout)
+        cuts |= divided.cuts
+        partials |= set(divided.partial)
+        parts[held] = Part(copy, bounds[held[1]], bounds[held[1] + 1], context)
     first, *others = parts.values()
     for part in others:
         part.share(first)
@@ -252,11 +271,25 @@ def lay_pipeline(
         # Wrapping adds prefixes to names but keeps the order of parameters.
         parameters |= dict(zip(names, part.model.parameters(), strict=True))
         cast(Chainable, part.model).reset_buffers()
-    fill_parameters(parameters, rules, seed)
+    own = {name: cut_ for name, cut_ in cuts.items() if name in parameters}
+    divided = Divided(own, tuple(name for name in parameters if name in partials))
+    placed = {n: Slice(p, own[n]) if n in own else p for n, p in parameters.items()}
+    fill_parameters(placed, rules, seed)
     owners = _owners(cast(Chainable, model), schedule, bounds)
     told = tuple(name for name in parameters if name.startswith(_tells(cast(Chainable, model))))
     counted = tuple(name for name in parameters if owners[name] == rank)
-    return Pipeline(model, parts, parameters, told, counted, owners)
+    return Pipeline(model, parts, parameters, told, counted, owners, divided)
+
+
+def _divide(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Divided:
+    """Share the work on a sample, as `parallel.parallelize` does, before the model is cut into stages."""
+    divided = Divided({}, ())
+    if layout.tp > 1:
+        divided = divide(model, mesh.get_group("tp"), layout)
+    if layout.cp > 1:
+        regions = cast(FlowModel, model).regions()
+        cut_sequences(model, regions, mesh.get_group("cp"), layout.context)
+    return divided
 
 
 def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Precision) -> None:

@@ -1,6 +1,7 @@
 """Ranks that each have some stages of the network train what one device trains.
 
-For every schedule, for flows that are cut within their blocks, and beside FSDP and copies of the model.
+For every schedule, for flows that are cut within their blocks, beside FSDP and copies of the model, and
+where the work of a stage is shared in turn.
 Weights are drawn anew, large, so that nothing of a network is zero.
 """
 
@@ -55,6 +56,8 @@ QUICK: dict[int, list[Case]] = {
         ("starflow", "bitpipe", {}),
         ("dit", "zbv", {"pp": 2, "strategy": "fsdp"}),
         ("dit", "bitpipe", {"pp": 2, "strategy": "ddp"}),
+        ("starflow", "zbv", {"pp": 2, "tp": 2, "sequence": True}),
+        ("dit", "bitpipe", {"pp": 2, "cp": 2}),
     ],
 }
 ALL: dict[int, list[Case]] = {
@@ -66,6 +69,11 @@ ALL: dict[int, list[Case]] = {
         ("dit", "1f1b", {"pp": 2, "strategy": "fsdp"}),
         ("starflow", "bitpipe", {"pp": 2, "strategy": "fsdp"}),
         ("starflow", "zbv", {"pp": 2, "strategy": "fsdp", "recompute": 1}),
+        ("dit", "1f1b", {"pp": 2, "tp": 2}),
+        ("dit", "zbv", {"pp": 2, "tp": 2, "sequence": True}),
+        ("starflow", "bitpipe", {"pp": 2, "tp": 2}),
+        ("starflow", "1f1b", {"pp": 2, "cp": 2, "strategy": "ddp"}),
+        ("starflow", "bitpipe", {"pp": 2, "cp": 2, "context": "ring"}),
     ],
 }
 
@@ -79,11 +87,14 @@ def trained(
     strategy: Any = None,
     microbatch: int = 2,
     recompute: int = 0,
+    **axes: Any,
 ) -> dict[str, Any]:
     """First weights, and what `STEPS` steps from large ones made of them."""
     recipe = families.recipe(model, Path("/nowhere", model), own=OWN[model])
     made = plan(recipe, 1)
-    layout = resolve_layout(strategy, None, None, ranks, pp=(pp or ranks) if schedule else 1)
+    layout = resolve_layout(
+        strategy, None, None, ranks, pp=(pp or ranks) if schedule else 1, **axes
+    )
     with torch.device("meta"):
         network = made.model.build()
     common: dict[str, Any] = {

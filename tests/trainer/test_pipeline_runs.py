@@ -46,7 +46,7 @@ def test_a_run_of_one_rank_goes_on_in_stages_that_fsdp_cuts(tmp_path: Path) -> N
     ("changes", "ranks", "sentence"),
     [
         (["parallel.pp=2"], 3, "parallel.pp = 2 does not divide 3 ranks; it may be 1, 3"),
-        (["parallel.pp=2", "parallel.tp=2"], 4, "parallel.pp = 2 and parallel.tp = 2 do not go"),
+        (["parallel.pp=2", "parallel.ep=2"], 4, "parallel.pp = 2 and parallel.ep = 2 do not go"),
         (["parallel.pp=2", "train.compile=true"], 2, "train.compile = true does not go together"),
         (["parallel.pp=2", "train.microbatch=5"], 2, "train.microbatch = 5 does not divide the 16"),
         (["parallel.pp=2", "parallel.schedule=bitpipe"], 2, "= 1 is odd, and bitpipe runs in two"),
