@@ -79,7 +79,7 @@ def check_pipeline(recipe: Recipe, layout: Layout, architecture: Architecture) -
     """Raises UserError unless the model can be cut over the ranks of `pp`, as the schedule asks."""
     if layout.ep > 1:
         raise UserError(
-            f"parallel.pp = {layout.pp} and parallel.ep = {layout.ep} do not go together; set one of them to 1."
+            f"parallel.pp = {layout.pp} and parallel.ep = {layout.ep} do not go together; set one to 1."
         )
     for key, given in (
         ("train.compile", recipe.train.compile),
