@@ -26,16 +26,23 @@ class Routed(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What a network of experts gives while it trains.
+    """What a network of experts gives while it trains: tensors alone, as pipelines pass them.
 
     prediction: as it gives otherwise
     penalty: (batch,) float32 losses of all its routers, weighted: the objective adds them
-    routed: of all layers, in order
+    load, dropped, entropy, ties: of all layers, see `Routed`
     """
 
     prediction: Tensor
     penalty: Tensor
-    routed: Routed
+    load: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    ties: Tensor
+
+    @property
+    def routed(self) -> Routed:
+        return Routed(self.load, self.dropped, self.entropy, self.ties)
 
 
 def stacked(layers: list[Routed]) -> Routed:

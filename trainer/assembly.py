@@ -112,15 +112,15 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
             f"train.batch = {recipe.train.batch} does not divide over {layout.data_size} ranks that "
             f"read different samples; use a multiple of {layout.data_size}, or other parallel degrees."
         )
-    if layout.pp > 1:
-        check_pipeline(recipe, layout, model)
     with torch.device("meta"):
         network = model.build()
+    check_routing(network, layout)
+    if layout.pp > 1:
+        check_pipeline(recipe, layout, model)
     if layout.tp > 1:
         check_division(network, layout)
     if layout.cp > 1:
         check_context(network, layout.cp, layout.context, layout.tp)
-    check_routing(network, layout)
     if layout.ep > 1:
         check_experts(network, layout.ep, compiled=recipe.train.compile)
 

@@ -129,7 +129,7 @@ class DiTMoE(nn.Module):
         if not self.training:
             return prediction
         penalties, layers = zip(*steps, strict=True)
-        return Mixed(prediction, torch.stack(penalties).sum(0), stacked(list(layers)))
+        return Mixed(prediction, torch.stack(penalties).sum(0), *stacked(list(layers)))
 
     def _condition(self, t: Tensor, label: Tensor) -> Tensor:
         """(batch, width) time and label, through the SiLU that all blocks share."""
@@ -193,8 +193,8 @@ class DiTMoE(nn.Module):
             if not self.training:
                 return prediction
             load, *numbers = record.detach().split((config.experts, 1, 1, 1, 1), -1)
-            routed = Routed(load, *(number.squeeze(-1) for number in numbers[:3]))
-            return Mixed(prediction, record[..., -1].sum(1), routed)
+            told = (number.squeeze(-1) for number in numbers[:3])
+            return Mixed(prediction, record[..., -1].sum(1), load, *told)
 
         blocks = [
             Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))

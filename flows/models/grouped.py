@@ -24,9 +24,14 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
+def autocast_device(tensor: Tensor) -> str:
+    """The kind of device whose autocast a tensor is under; `meta` has none of its own."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
 def dtype_of_products(weight: Tensor) -> torch.dtype:
     """What a matrix product with `weight` is computed in: autocast does not know these products."""
-    kind = weight.device.type
+    kind = autocast_device(weight)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 

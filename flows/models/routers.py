@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flows.models.grouped import dtype_of_products
+from flows.models.grouped import autocast_device, dtype_of_products
 from flows.routed import Routed
 
 Chooser = Literal["tokens", "experts"]
@@ -176,7 +176,7 @@ class Router(nn.Module):
         """
         routing, gate = self.routing, rounded(self.gate.weight)
         inward = rounded(self.inward.weight) if self.inward is not None else None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_device(x), enabled=False):
             hidden = x.float()
             if inward is not None:
                 if cell is None:
@@ -278,6 +278,12 @@ def gated_unit(x: Tensor, state: Tensor | None, cell: Cell) -> Tensor:
 def rounded(weight: Tensor) -> Tensor:
     """A weight in float32, of the same bits whether it was gathered in bfloat16 or is rounded here."""
     return weight.to(dtype_of_products(weight)).float()
+
+
+def routing_shape(model: nn.Module) -> tuple[int, int] | None:
+    """(layers with experts, experts of each); None for a network without experts."""
+    found = [module for module in model.modules() if isinstance(module, Router)]
+    return (len(found), found[0].routing.experts) if found else None
 
 
 @torch.no_grad()

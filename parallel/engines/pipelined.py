@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from flows.batch import Batch
 from flows.initialise import rules_of
+from flows.models.routers import routing_shape
 from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
+from flows.routed import Mixed, Routed
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
 from parallel.context import cut_sequences
@@ -85,6 +87,8 @@ class PipelinedEngine(NativeEngine):
         self._averaged = groups_along(mesh, (*DATA_AXES, "cp"))
         self._copies = layout.data_size * layout.cp
         self._losses: dict[int, Tensor] = {}
+        self._routed: dict[int, Routed] = {}
+        self._shape = routing_shape(pipeline.single)
         self._global_batch = 1
         self._objective: Objective | None = None
         self._runtime = Runtime(
@@ -114,7 +118,8 @@ class PipelinedEngine(NativeEngine):
             self._sum_gradients()
         times = [one.time for one in prepared if one.time is not None]
         time = torch.cat(times) if times else None
-        return StepResult(self._gathered(microbatches, compared.keys()), time)
+        losses = self._gathered(microbatches, compared.keys())
+        return StepResult(losses, time, self._gathered_routing(microbatches, compared.keys()))
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         with self._clock.phase("gradient_norm"), torch.no_grad():
@@ -140,8 +145,12 @@ class PipelinedEngine(NativeEngine):
         """Of one microbatch, scaled as gradients are to be; the samples' own losses are kept."""
         number, prepared = target
         assert self._objective is not None
+        if self._shape is not None:  # the runtime makes a plain tuple of it when it asks for shapes
+            outputs = Mixed(*outputs)
         loss = self._objective.loss(outputs, prepared.targets)
         self._losses[number] = loss.detach()
+        if isinstance(outputs, Mixed):
+            self._routed[number] = outputs.routed
         return loss.sum() * (self.data_size / self._global_batch)
 
     def _gathered(self, microbatches: Sequence[Batch], compared: Collection[int]) -> Tensor:
@@ -158,6 +167,26 @@ class PipelinedEngine(NativeEngine):
         line = torch.cat(losses)
         dist.all_reduce(line, group=self._pp)
         return line
+
+    def _gathered_routing(
+        self, microbatches: Sequence[Batch], compared: Collection[int]
+    ) -> Routed | None:
+        """What routers did with each sample, which the ranks with a last stage tell the others."""
+        if self._shape is None:
+            return None
+        layers, experts = self._shape
+        parts = []
+        for number, batch in enumerate(microbatches):
+            if number in compared:
+                load, *rest = self._routed[number]
+                parts.append(torch.cat((load, *(value.unsqueeze(-1) for value in rest)), -1))
+            else:
+                shape = len(batch), layers, experts + 3
+                parts.append(torch.zeros(shape, device=self.device))
+        line = torch.cat(parts)
+        dist.all_reduce(line, group=self._pp)
+        load, *rest = line.split((experts, 1, 1, 1), -1)
+        return Routed(load, *(value.squeeze(-1) for value in rest))
 
     def _sum_gradients(self) -> None:
         """Of conditions over the pipeline; of whatever is not cut over data ranks, over these."""

@@ -24,6 +24,8 @@ EXPERTS = ("model.experts=8", "model.capacity=1.0")
 MOVED = "ep4 after one rank"
 # Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
 UNBOUND = ["model.capacity=0", "model.balance=sequence"]
+# Layers are on other ranks: nothing may be carried from step to step. Held against the like on one rank.
+STATELESS = ["model.bias_rate=0"]
 # ranks -> name: changes
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     4: {
@@ -34,7 +36,10 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
     },
 }
 MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
-    2: {"fsdp2 ep2": ["parallel.ep=2", "train.microbatch=3"]},
+    2: {
+        "fsdp2 ep2": ["parallel.ep=2", "train.microbatch=3"],
+        "pp2": ["parallel.pp=2", "train.microbatch=2", *UNBOUND, *STATELESS],
+    },
     4: {
         "hsdp 2x2 ep2": ["parallel.ep=2", "parallel.strategy=hsdp", "parallel.replicate=2"],
         "tp2 ep2": ["parallel.ep=2", "parallel.tp=2"],
@@ -73,7 +78,7 @@ def trained(folder: Path, by_ranks: dict[int, dict[str, list[str]]]) -> Path:
 def one(tmp_path_factory) -> Path:
     """Of the runs of one rank."""
     folder: Path = tmp_path_factory.mktemp("one")
-    for name, changes in {"plain": [], "cut": UNBOUND}.items():
+    for name, changes in {"plain": [], "cut": UNBOUND, "stateless": [*UNBOUND, *STATELESS]}.items():
         runs.train_here(recipe(folder / name, changes))
     return folder
 
@@ -99,6 +104,11 @@ def more(tmp_path_factory) -> Path:
     return trained(tmp_path_factory.mktemp("more"), MORE_LAYOUTS)
 
 
+def reference(name: str) -> str:
+    """The run of one rank that a layout is held against."""
+    return "stateless" if "pp2" in name else "cut" if "cp2" in name else "plain"
+
+
 def routing(folder: Path) -> list[dict]:
     return [line["experts"] for line in runs.lines(folder)]
 
@@ -112,7 +122,8 @@ def hold(ours: Path, theirs: Path, *, cut: bool = True) -> None:
     # Gradients of mixtures are small beside others', and a factor in them would hide.
     mixtures = [f"optimizer.blocks.{layer}.mixture." for layer in range(2)]
     parts = [f"{mixture}{own}" for mixture in mixtures for own in ("experts.", "router.")]
-    for part in ("model.", "ema.", "optimizer.", "buffer.", *parts):
+    carried = ["buffer."] if any(name.startswith("buffer.") for name in whole) else []
+    for part in ("model.", "ema.", "optimizer.", *carried, *parts):
         errors[part] = runs.distance(held, whole, part)
     assert max(errors.values()) <= EXACT, errors
     for one, other in zip(routing(ours), routing(theirs), strict=True):
@@ -131,7 +142,7 @@ def drawn(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_over_ranks_train_what_one_rank_trains(folder, one, name):
-    hold(folder / name, one / ("cut" if "cp2" in name else "plain"))
+    hold(folder / name, one / reference(name))
 
 
 def test_one_rank_goes_on_from_experts_over_ranks(folder, one, tmp_path):
@@ -143,7 +154,7 @@ def test_one_rank_goes_on_from_experts_over_ranks(folder, one, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_NAMES)
 def test_more_layouts_train_what_one_rank_trains(more, one, name):
-    hold(more / name, one / ("cut" if "cp2" in name else "plain"))
+    hold(more / name, one / reference(name), cut="pp" not in name)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +186,14 @@ def test_what_cannot_be_divided_is_refused(tmp_path, changes, ranks, sentence):
         (
             ["parallel.cp=2", "model.capacity=0", "model.bias_rate=0", "model.chooser=experts"],
             r"model\.chooser = experts compares all tokens",
+        ),
+        (
+            ["parallel.pp=2", "train.microbatch=2"],
+            r"which do not hand each other what model\.bias_rate",
+        ),
+        (
+            ["parallel.pp=2", "train.microbatch=2", "model.bias_rate=0", "model.balance=sequence"],
+            r"model\.capacity = 1 leaves that to the tokens",
         ),
         (["parallel.tp=2", "parallel.sequence=true"], r"parallel\.sequence = true cuts tokens"),
     ],
