@@ -36,9 +36,13 @@ class QueryKeyValue(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) -> (batch, tokens, width + 2 * key_width + extra)."""
+        return F.linear(x, self.weight, self.cut_bias())
+
+    def cut_bias(self) -> Tensor:
+        """The bias, through which no gradient reaches the keys' part."""
         rest = len(self.bias) - self.query_width - self.key_width
         query, key, others = self.bias.split((self.query_width, self.key_width, rest))
-        return F.linear(x, self.weight, torch.cat((query, key.detach(), others)))
+        return torch.cat((query, key.detach(), others))
 
     def division(self) -> Division:
         return Division(attributes=("query_width", "key_width"))

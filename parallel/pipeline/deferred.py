@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from flows.models.attention import QueryKeyValue
+
 KeepBack = Callable[[Callable[[], None]], None]
 
 
@@ -38,7 +40,7 @@ class Deferred:
                 continue
             if isinstance(part, KeepsBack):
                 part.keep_back(self._kept.append)
-            elif type(part) is nn.Linear:
+            elif type(part) is nn.Linear or isinstance(part, QueryKeyValue):
                 part.forward = partial(_linear, part, self._kept.append)  # type: ignore[method-assign]
 
     def take(self) -> Callable[[], None]:
@@ -57,7 +59,8 @@ class Deferred:
 
 
 def _linear(layer: nn.Linear, keep: KeepBack, x: Tensor) -> Tensor:
-    result: Tensor = _Linear.apply(x, layer.weight, layer.bias, keep)
+    bias = layer.cut_bias() if isinstance(layer, QueryKeyValue) else layer.bias
+    result: Tensor = _Linear.apply(x, layer.weight, bias, keep)
     return result
 
 

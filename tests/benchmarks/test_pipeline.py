@@ -34,7 +34,7 @@ def test_waits_are_those_predicted_and_bitpipe_waits_less() -> None:
 
 @pytest.mark.slow
 def test_waits_of_all_schedules() -> None:
-    found = measured(names=list(NAMES), microbatches=[4, 8], seconds=0.08, rounds=3)
+    found = measured(names=list(NAMES), microbatches=[4, 8], seconds=0.12, rounds=3)
     assert len(found) == 2 * len(NAMES) - 1  # DualPipeV takes 8 or more on 4 ranks
-    assert all(row.met for row in found), found
+    assert [row for row in found if not row.met] == []
     assert all(GAIN[0] <= gain <= GAIN[1] for gain in gains(found).values())
