@@ -27,6 +27,7 @@ from data_pipeline.description import (
     Texts,
     folder_of,
     read_description,
+    refuse_unfinished,
     write_description,
 )
 from data_pipeline.encoders.autoencoder import Autoencoder
@@ -71,6 +72,8 @@ def open_job(
     if autoencoder is None and text is None:
         raise UserError("nothing to encode by; give --autoencoder, --text, or both")
     sources = [url for pattern in patterns for url in expand(pattern)]
+    for folder in {folder_of(source) for source in sources}:
+        refuse_unfinished(folder)
     images = decoder = captions = None
     if autoencoder is not None:
         images = Autoencoder(autoencoder, precision=settings.precision, device=device)

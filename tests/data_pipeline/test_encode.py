@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from data_pipeline.decode.decoder import decode_middle, open_decoder
-from data_pipeline.description import Description, read_description
+from data_pipeline.description import UNFINISHED, Description, read_description
 from data_pipeline.encode import Outcome, encode, open_job, read_records
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Settings
@@ -63,6 +63,12 @@ def test_shards_are_not_encoded_over_themselves(nets, sources, tmp_path):
         ):
             run(nets, sources, out)
     assert {path: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_an_interrupted_packing_is_not_encoded(nets, sources, tmp_path):
+    (tmp_path / "data" / UNFINISHED).touch()
+    with pytest.raises(UserError, match="flowmill data pack has not ended here"):
+        run(nets, sources, tmp_path / "out")
 
 
 def picture(number: int) -> bytes:

@@ -143,6 +143,13 @@ def test_what_is_missing_or_forbidden_is_not_asked_for_again(server, tmp_path):
         assert proxy.seen["GET"] == before + 1
 
 
+def test_a_bucket_that_is_not_there_has_one_answer(server):
+    reach(options=s3_options(server), timeout=5.0, attempts=1)
+    for name in ("*.tar", "0.tar", "{00..40}.tar"):
+        with pytest.raises(UserError, match=r"there is no shard .*at that place; check the path"):
+            expand(f"s3://nowhere-at-all/{name}")
+
+
 def test_an_index_lies_in_the_bucket_and_spares_every_run_the_headers(server, tmp_path):
     write_set(tmp_path / "set", [20, 5, 9])
     upload(server, tmp_path / "set", "indexed")

@@ -1,6 +1,7 @@
 """An index says what the tar says, is made once, and refuses what is damaged or unsafe by name."""
 
 import os
+import resource
 import tarfile
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from data_pipeline import index as index_module
 from data_pipeline.index import cached_at, open_index, scan, split_name
+from data_pipeline.remembered import remembered
 from data_pipeline.shards import expand
 from data_pipeline.storage import resolve
 from flows.errors import UserError
@@ -71,11 +73,26 @@ def special(name: str, kind: bytes, target: str = "") -> list[tuple[tarfile.TarI
     return [(member, b"")]
 
 
+def test_a_full_disk_keeps_no_half_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = write_tar(tmp_path / "a.tar", sample("0000", 1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # no file grows beyond 16 bytes
+    try:
+        index = open_index(url)
+        ones = remembered(url, "ones", lambda: np.ones(3, np.int64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (len(index), ones.tolist()) == (1, [1, 1, 1])
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.parametrize(
     ("members", "words"),
     [
         ([("../up.png", b"x")], r"member \.\./up\.png leads outside"),
         ([("/etc/up.png", b"x")], r"member /etc/up\.png leads outside"),
+        ([("\udcff.png", b"x")], r"member \\udcff\.png has a name that is not UTF-8"),
         ([("a/../../up.png", b"x")], "leads outside"),
         (special("link.png", tarfile.SYMTYPE, "/etc/passwd"), r"member link\.png is a link"),
         (special("link.png", tarfile.LNKTYPE, "0000.png"), r"member link\.png is a link"),

@@ -59,6 +59,16 @@ def test_what_may_pass_is_asked_again_with_growing_pauses(monkeypatch):
     assert len(set(pauses)) == len(pauses)
 
 
+def test_an_index_error_is_a_timeout_only_where_the_driver_mistakes_one_for_it():
+    def raised(module: str) -> IndexError:
+        with pytest.raises(IndexError) as caught:
+            exec("()[0]", {"__name__": module})
+        return caught.value
+
+    assert storage.describe(raised("s3fs.core")) == "no answer in time"
+    assert storage.describe(raised("pyarrow")) == "tuple index out of range"
+
+
 def test_what_stays_is_given_up_at_once_or_after_so_many_attempts(monkeypatch):
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
     reach(attempts=3)

@@ -91,6 +91,18 @@ def test_epochs_of_a_mixture_are_refused_and_samples_are_not():
     assert len(made.stream.sets) == 2
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.cache_bytes=5", r"data\.cache_bytes = 5 is less than one block"),
+        ("data.cache_dir=/proc/none", r"data\.cache_dir = /proc/none cannot be written"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused_before_ranks_start(tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        plan(digits8(f"data.cache_dir={tmp_path}", override), 1)
+
+
 def test_epochs_count_kept_samples():
     made = plan(digits8("data.keep={cls: [3, 7]}", "train.steps=0", "train.epochs=2"), 1)
     kept = made.stream.samples
