@@ -34,7 +34,8 @@ FAMILIES = {
     "DiT-MoE": "dit_moe",
 }
 DDP, TP, CP = "parallel.strategy=ddp", "parallel.tp=2", "parallel.cp=2"
-EP = "parallel.ep=2"
+EP, PP = "parallel.ep=2", "parallel.pp=2"
+SMALL = "train.microbatch=2"
 RING, ZERO = "parallel.context=ring", "parallel.engine=deepspeed"
 # Layout -> ranks, and what it changes in a recipe.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -48,12 +49,18 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "CP-ring 2": (2, [CP, DDP, RING]),
     "TP 2 x FSDP2 2": (4, [TP, "parallel.strategy=fsdp"]),
     "CP 2 x FSDP2 2": (4, [CP, "parallel.strategy=fsdp"]),
-    "TP 2 x CP 2": (4, [TP, CP, DDP]),
+    "TP 2 x CP-ring 2": (4, [TP, CP, DDP, RING]),
     "EP 2": (2, [EP]),
     "EP 2 x FSDP2 2": (4, [EP]),
     "EP 2 x HSDP 2x2": (4, [EP, "parallel.strategy=hsdp"]),
     "EP 2 x CP 2": (2, [EP, CP]),
     "EP 2 x TP 2": (4, [EP, TP]),
+    "PP 2, 1F1B": (2, [PP, SMALL]),
+    "PP 2, ZBV": (2, [PP, SMALL, "parallel.schedule=zbv"]),
+    "PP 2, BitPipe": (2, [PP, SMALL, "parallel.schedule=bitpipe"]),
+    "PP 2 x FSDP2 2": (4, [PP, SMALL]),
+    "PP 2 x TP 2": (4, [PP, SMALL, TP]),
+    "PP 2 x EP 2": (4, [PP, SMALL, EP]),
     "ZeRO-1 2": (2, [ZERO, "parallel.deepspeed.stage=1"]),
     "ZeRO-2 2": (2, [ZERO, "parallel.deepspeed.stage=2"]),
     "ZeRO-3 2": (2, [ZERO, "parallel.deepspeed.stage=3"]),
