@@ -146,7 +146,10 @@ def memory(
     if as_json:
         typer.echo(json.dumps(asdict(found) | {"total": found.total}))
         return
-    title = f"{found.whole:,} parameters on {ranks} ranks ({found.layout or 'whole'}), a rank"
+    where = ", state on the host" if found.offloaded else ""
+    title = (
+        f"{found.whole:,} parameters on {ranks} ranks ({found.layout or 'whole'}){where}, a rank"
+    )
     table = Table("", "MiB", title=title)
     for name in (*HELD, "total"):
         table.add_row(name, f"{getattr(found, name) / 2**20:,.1f}")

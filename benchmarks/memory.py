@@ -5,6 +5,7 @@ read from the very tensors that training would have. What a step keeps for its b
 forward of one microbatch whose tensors have shapes and no memory.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from parallel.mesh import AXES, Layout, build_mesh
 from parallel.parallelize import FlowModel, ParallelModel, lay_out
 from parallel.precision import computing
 from trainer.assembly import build_objective, check_layout, model_architecture
-from trainer.engines import place
+from trainer.engines import accumulates, place
 from trainer.recipe import Recipe
 
 
@@ -37,6 +38,8 @@ class RankMemory:
     """Bytes of the first rank, which holds as much as any.
 
     whole: parameters of the model, a number each
+    offloaded: what lies there between steps is on the host, and no part of the total
+    gradients: of the shards; of all that the rank computes with where microbatches add up
     gathered: weights of other ranks that are there while blocks compute
     activations: what the forward of a microbatch keeps for its backward
     recomputed: what one block keeps while it is computed again, the mean of the blocks that are
@@ -45,6 +48,7 @@ class RankMemory:
     ranks: int
     layout: str
     whole: int
+    offloaded: bool
     parameters: int
     gradients: int
     optimizer: int
@@ -56,10 +60,11 @@ class RankMemory:
     @property
     def total(self) -> int:
         found = asdict(self)
-        return sum(found[name] for name in HELD)
+        return sum(found[name] for name in (DEVICE if self.offloaded else HELD))
 
 
-HELD = ("parameters", "gradients", "optimizer", "averages", "gathered", "activations", "recomputed")
+DEVICE = ("gathered", "activations", "recomputed")
+HELD = ("parameters", "gradients", "optimizer", "averages", *DEVICE)
 
 
 def measure(recipe: Recipe, ranks: int) -> RankMemory:
@@ -84,15 +89,21 @@ def measure(recipe: Recipe, ranks: int) -> RankMemory:
         whole = parameter_count(model)
         held = _laid_out(recipe, model, mesh, layout, recipe.train.recompute)
         parameters = held_bytes(held.held.values())
+        gradients = parameters
+        if accumulates(recipe, layout):
+            gradients = 4 * sum(parameter.numel() for parameter in held.parameters.values())
         wide = 2 if recipe.train.precision == "bf16" else 4
         gathered = gathered_bytes(held.bare, wide, recipe.parallel.reshard_after_forward)
         activations, recomputed = _activations(recipe, architecture, mesh, layout)
     return RankMemory(
         ranks=ranks,
-        layout=" x ".join(f"{axis} {n}" for axis in AXES if (n := getattr(layout, axis)) > 1),
+        layout=" x ".join(
+            f"{axis} {n}" for axis in (*AXES, "ep") if (n := getattr(layout, axis)) > 1
+        ),
         whole=whole,
+        offloaded=recipe.parallel.offload,
         parameters=parameters,
-        gradients=parameters,
+        gradients=gradients,
         optimizer=2 * parameters,
         averages=len(recipe.train.ema) * parameters,
         gathered=gathered,
@@ -151,7 +162,9 @@ def _kept(
     objective, cpu = build_objective(recipe), torch.device("cpu")
     # Where loads are balanced, as many tokens come to a rank's experts as leave for those of others.
     whole = replace(layout, strategy="none", ep=1)
-    with FakeTensorMode(), cpu:
+    with FakeTensorMode(), cpu, warnings.catch_warnings():
+        # Copying a model whose tensors have no memory asks where their memory is.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         network = _laid_out(recipe, architecture.build(), mesh, whole, recompute).bare
         if recipe.train.precision == "bf16" and layout.strategy in ("fsdp", "hsdp"):
             for parameter in network.parameters():  # as FSDP gathers them

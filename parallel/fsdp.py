@@ -96,10 +96,21 @@ def gathered_bytes(model: nn.Module, item_size: int, reshard_after_forward: bool
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not parts:
         return 0
-    counts = [sum(p.numel() for p in cast(nn.Module, part).parameters()) for part in parts]
-    whole, blocks = counts[0], sorted(counts[1:], reverse=True)
+    # Units within blocks, such as experts, are there while their block is.
+    nested = {
+        id(inner)
+        for part in parts[1:]
+        for inner in cast(nn.Module, part).modules()
+        if inner is not part
+    }
+    outermost = [part for part in parts[1:] if id(part) not in nested]
+    blocks = sorted((_numbers(part) for part in outermost), reverse=True)
     there = blocks[:2] if reshard_after_forward else blocks
-    return item_size * (whole - sum(blocks) + sum(there))
+    return item_size * (_numbers(model) - sum(blocks) + sum(there))
+
+
+def _numbers(module: object) -> int:
+    return sum(parameter.numel() for parameter in cast(nn.Module, module).parameters())
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def resolve_layout(
     replicate, shard: None to be inferred; their product is `world_size / (tp * cp)`
     Raises UserError with the values that would work.
     """
-    world_size = _pipelines(world_size, pp)
-    ranks = _data_ranks(world_size, tp, cp)
+    ranks = _data_ranks(world_size, pp, tp, cp)
+    world_size //= pp
     chosen = strategy or ("none" if ranks * cp == 1 else "fsdp")
     if chosen not in get_args(Strategy):
         raise UserError(
@@ -108,16 +108,6 @@ def resolve_layout(
     )
 
 
-def _pipelines(world_size: int, pp: int) -> int:
-    """Ranks that have the same place in their pipelines."""
-    if world_size % pp:
-        fits = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        raise UserError(
-            f"parallel.pp = {pp} does not divide {_ranks(world_size)}; it may be {fits}."
-        )
-    return world_size // pp
-
-
 def _check_ep(strategy: str, ranks: int, ep: int) -> None:
     """ranks: that one copy of the model is cut over"""
     if ep == 1:
@@ -135,18 +125,19 @@ def _check_ep(strategy: str, ranks: int, ep: int) -> None:
         )
 
 
-def _data_ranks(world_size: int, tp: int, cp: int) -> int:
+def _data_ranks(world_size: int, pp: int, tp: int, cp: int) -> int:
     """Ranks (or groups of ranks) that read different samples."""
-    if world_size % (tp * cp):
+    product = pp * tp * cp
+    if world_size % product:
         fits = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
-        keys = " x ".join(
-            f"parallel.{key} = {size}" for key, size in (("tp", tp), ("cp", cp)) if size > 1
-        )
+        given = [(key, size) for key, size in (("pp", pp), ("tp", tp), ("cp", cp)) if size > 1]
+        keys = " x ".join(f"parallel.{key} = {size}" for key, size in given)
         raise UserError(
-            f"{keys} does not divide {_ranks(world_size)}; the product of parallel.tp and parallel.cp "
-            f"may be {', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}."
+            f"{keys} does not divide {_ranks(world_size)}; {'it' if len(given) == 1 else 'their product'} "
+            f"may be {', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}, or start {product} "
+            "ranks or a multiple of it."
         )
-    return world_size // (tp * cp)
+    return world_size // product
 
 
 def _single_axis(

@@ -136,12 +136,7 @@ def lay_out(
     names = [name for name, _ in model.named_parameters()]
     single = deepcopy(model) if layout.tp * layout.cp * layout.ep > 1 else None
 
-    divided = Divided({}, ())
-    if layout.tp > 1:
-        divided = divide(model, mesh.get_group("tp"), layout)
-    if layout.cp > 1:
-        cut_sequences(model, described.regions(), mesh.get_group("cp"), layout.context)
-        widen_routers(model, mesh.get_group("cp"))
+    divided = share_work(model, mesh, layout)
     experts = scatter_experts(model, mesh, layout) if layout.ep > 1 else NOTHING
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
@@ -163,6 +158,18 @@ def lay_out(
     parameters = dict(zip(names, model.parameters(), strict=True))
     cuts = divided.cuts | experts.cuts
     return ParallelModel(model, model, parameters, cuts, divided.partial, single)
+
+
+def share_work(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Divided:
+    """Let ranks of `tp` and `cp` share the work on each sample; `model`, on meta, is changed in place."""
+    divided = Divided({}, ())
+    if layout.tp > 1:
+        divided = divide(model, mesh.get_group("tp"), layout)
+    if layout.cp > 1:
+        regions = cast(FlowModel, model).regions()
+        cut_sequences(model, regions, mesh.get_group("cp"), layout.context)
+        widen_routers(model, mesh.get_group("cp"))
+    return divided
 
 
 def _materialise(model: nn.Module, device: torch.device, home: torch.device) -> None:

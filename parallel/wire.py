@@ -82,14 +82,16 @@ def ddp_bytes(numbers: int, ranks: int) -> Fraction:
     return 2 * share(4 * numbers, ranks)
 
 
-def fsdp_bytes(blocks: int, rest: int, shard: int, replicate: int, gather: int = 4) -> Fraction:
-    """FSDP2, HSDP: blocks are gathered forward and backward, the rest once; all gradients are scattered, and
-    with copies the parts are summed over them.
+def fsdp_bytes(
+    blocks: int, rest: int, shard: int, replicate: int, *, microbatches: int = 1, gather: int = 4
+) -> Fraction:
+    """FSDP2, HSDP: for each microbatch blocks are gathered forward and backward, the rest once; with the last
+    all gradients are scattered, and with copies the parts are summed over them.
 
     blocks, rest: numbers in them, `padded`
     gather: bytes of a number as it is gathered; gradients are float32
     """
-    gathered = share(gather * (2 * blocks + rest), shard)
+    gathered = microbatches * share(gather * (2 * blocks + rest), shard)
     parts = 4 * (blocks + rest) // shard
     return gathered + share(4 * (blocks + rest), shard) + 2 * share(parts, replicate)
 

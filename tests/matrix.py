@@ -67,6 +67,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "Accelerate DDP 2": (2, ["parallel.engine=accelerate", DDP]),
     "Accelerate FSDP2 2": (2, ["parallel.engine=accelerate", "parallel.strategy=fsdp"]),
 }
+DENSE = ("SiT", "MMDiT", "TarFlow", "STARFlow", "Jet")
+WHOLE = ("MMDiT", "Jet", "DiT-MoE")
+# Layout -> families that it is refused for, by a sentence.
+REFUSED: dict[str, tuple[str, ...]] = {
+    "TP+SP 2": ("DiT-MoE",),
+    **dict.fromkeys(
+        ("EP 2", "EP 2 x FSDP2 2", "EP 2 x HSDP 2x2", "EP 2 x CP 2", "EP 2 x TP 2"), DENSE
+    ),
+    **dict.fromkeys(("PP 2", "PP 2 x FSDP2 2", "PP 2 x TP 2"), WHOLE),
+    "PP 2 x EP 2": (*DENSE, "DiT-MoE"),
+}
 GATE, NORM_GATE = 1e-5, 1e-6
 MEASURES = ("loss", "gradient norm", "weights", "averages")
 
@@ -105,10 +116,11 @@ def measure(folder: Path, reference: Path) -> dict[str, float]:
     return found
 
 
-def passes(cell: Cell) -> bool:
-    """A refusal is none of the numbers' business."""
-    if isinstance(cell, str):
-        return True
+def passes(layout: str, name: str, cell: Cell) -> bool:
+    """Numbers within their gates, and refusals of what is known to be refused alone."""
+    known = name in REFUSED.get(layout.split(",")[0], ())
+    if isinstance(cell, str) or known:
+        return isinstance(cell, str) and known
     return max(cell.values()) <= GATE and cell["gradient norm"] <= NORM_GATE
 
 
@@ -138,7 +150,9 @@ def page(found: dict[str, dict[str, Cell]], names: Sequence[str]) -> str:
     layouts = list(found)
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {layout} | " + " | ".join(_largest(found[layout][name]) for name in names) + " |"
+        f"| {layout} | "
+        + " | ".join(_largest(layout, name, found[layout][name]) for name in names)
+        + " |"
         for layout in layouts
     ]
     for name in names:
@@ -148,18 +162,22 @@ def page(found: dict[str, dict[str, Cell]], names: Sequence[str]) -> str:
             if not isinstance(cell, str):
                 numbers = " | ".join(f"{cell[measure]:.1e}" for measure in MEASURES)
                 lines.append(f"| {layout} | {numbers} |")
-        lines += [
-            f"\n{layout} is refused: {cell}"
-            for layout in layouts
-            if isinstance(cell := found[layout][name], str)
-        ]
+    sentences: dict[str, list[str]] = {}
+    for layout in layouts:
+        for name in names:
+            if isinstance(cell := found[layout][name], str):
+                sentences.setdefault(cell, []).append(f"{name} under {layout}")
+    lines += ["", "### What is refused, and what is said", ""]
+    lines += [f"- {', '.join(places)}: `{sentence}`" for sentence, places in sentences.items()]
     return "\n".join(lines)
 
 
-def _largest(cell: Cell) -> str:
+def _largest(layout: str, name: str, cell: Cell) -> str:
     if isinstance(cell, str):
         return "refused"
-    return f"{max(cell.values()):.1e}" + ("" if passes(cell) else " **past its gate**")
+    return f"{max(cell.values()):.1e}" + (
+        "" if passes(layout, name, cell) else " **past its gate**"
+    )
 
 
 def checkpoints() -> dict[tuple[str, str], float]:
@@ -204,11 +222,12 @@ def write(text: str) -> None:
 def main() -> int:
     names = list(FAMILIES)
     found = matrix(list(LAYOUTS), names)
+    write(page(found, names))
     moved = checkpoints()
     text = f"{page(found, names)}\n\n## A checkpoint of any, under any other\n\n{checkpoint_table(moved)}"
     print(text)
     write(text)
-    held = all(passes(cell) for row in found.values() for cell in row.values())
+    held = all(passes(row, name, cell) for row in found for name, cell in found[row].items())
     return 0 if held and max(moved.values()) <= GATE else 1
 
 

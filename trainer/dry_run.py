@@ -14,6 +14,7 @@ from flows.models.family import parameter_count
 from parallel.tensor import count_shared
 from trainer.assembly import Plan, plan
 from trainer.checkpoints.store import list_checkpoints, none_whole
+from trainer.engines import accumulates
 from trainer.pipelines import copies
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, check_length, check_place, check_resume
@@ -48,7 +49,9 @@ def check(recipe: Recipe, world_size: int, *, place: bool = True) -> list[Check]
     with torch.device("meta"):
         parameters = parameter_count(made.model.build())
         share = count_shared(made.model.build(), made.layout.tp) * copies(recipe) // made.layout.pp
-    state = made.placement.state_bytes(share, len(recipe.train.ema))
+    state = made.placement.state_bytes(
+        share, len(recipe.train.ema), accumulates(recipe, made.layout)
+    )
     checkpoint_bytes = 4 * parameters * (3 + len(recipe.train.ema))
     free = _free_disk(run.root)
     count = recipe.checkpoint.keep + 1

@@ -36,14 +36,16 @@ class Placement:
             return "deepspeed"
         return cast(accelerate.Kind, self.layout.strategy)
 
-    def state_bytes(self, parameters: int, averages: int) -> float:
+    def state_bytes(self, parameters: int, averages: int, accumulates: bool) -> float:
         """Weights, gradients, two moments and `averages` that a rank holds.
 
         parameters: of the model, or of this rank's shares of its matrix products
+        accumulates: see `accumulates`
         """
         if self.deepspeed is None:
             cut = self.layout.shard * (1 if self.layout.strategy == "ddp" else self.layout.cp)
-            return 4 * parameters * (4 + averages) / cut
+            gradients = 1.0 if accumulates else 1 / cut
+            return 4 * parameters * ((3 + averages) / cut + gradients)
         stage, ranks = self.deepspeed["zero_optimization"]["stage"], self.layout.world_size
         if stage == 0:
             return 4 * parameters * (4 + averages)
@@ -51,6 +53,13 @@ class Placement:
         weights = wide / (ranks if stage == 3 else 1)
         gradients = (wide if stage == 1 else 4) / (1 if stage == 1 else ranks)
         return parameters * (weights + gradients + 4 * (3 + averages) / ranks)
+
+
+def accumulates(recipe: Recipe, layout: Layout) -> bool:
+    """Whether FSDP adds up the gradients of several microbatches, which are whole until the last one's."""
+    local = recipe.train.batch // layout.data_size
+    several = (recipe.train.microbatch or local) < local
+    return several and layout.strategy in ("fsdp", "hsdp")
 
 
 def place(recipe: Recipe, world_size: int) -> Placement:

@@ -35,7 +35,10 @@ SAME_REQUEST_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything one rank trains with."""
+    """Everything one rank trains with.
+
+    buffered: the network has state that is not learned, which checkpoints hold as well
+    """
 
     recipe: Recipe
     run: RunFolder
@@ -46,6 +49,7 @@ class Parts:
     telemetry: Telemetry
     clock: Clock
     report: Quiet
+    buffered: bool
 
 
 def train(parts: Parts, first: int) -> int:
@@ -150,7 +154,8 @@ def checkpoint(parts: Parts, done: int) -> None:
 
 def checkpoint_tensors(parts: Parts) -> dict[str, Held]:
     """Canonical name -> tensor, the same names under any layout; loading writes in place."""
-    buffers = parts.engine.run(persistent_buffers, whole=False)
+    # Asked only where there are some: a pipeline would put its network together to look.
+    buffers = parts.engine.run(persistent_buffers, whole=False) if parts.buffered else {}
     return {
         **{f"buffer.{name}": value for name, value in buffers.items()},
         **{f"model.{name}": value.detach() for name, value in parts.engine.parameters().items()},

@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from parallel.activation import Recompute
 from trainer.section import Below1, Positive, Section, Text
 
-# Keys of `parallel` that cut the work on one sample.
 PipelineSchedule = Literal[
     "gpipe",
     "1f1b",
@@ -20,6 +19,7 @@ PipelineSchedule = Literal[
     "bitpipe",
     "chimera",
 ]
+# Keys of `parallel` that cut the work on one sample.
 SPLITTING = ("tp", "sequence", "cp", "context", "ep", "pp", "schedule", "chunks")
 
 
@@ -185,6 +185,15 @@ class ParallelSection(Section):
                     f"parallel.{name} is given, and parallel.pp = 1 makes no pipeline; set parallel.pp, or "
                     "drop it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _context_of_cp(self) -> "ParallelSection":
+        if self.cp == 1 and self.context != type(self).model_fields["context"].default:
+            raise ValueError(
+                f"parallel.context = {self.context} says how ranks share sequences, and parallel.cp = 1 "
+                "gives each rank whole ones; set parallel.cp, or drop it"
+            )
         return self
 
     @model_validator(mode="after")

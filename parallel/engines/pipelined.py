@@ -28,21 +28,20 @@ from flows.randomness import Draw
 from flows.routed import Mixed, Routed
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
-from parallel.context import cut_sequences
 from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
 from parallel.engines.native import NativeEngine
 from parallel.fsdp import shard_model
 from parallel.gradients import EPSILON, gradient_norm, sum_partial
 from parallel.initialise import fill_parameters
 from parallel.mesh import DATA_AXES, PEER_AXES, Layout, averaging_mesh, data_rank, groups_along
-from parallel.parallelize import FlowModel, ParallelModel
+from parallel.parallelize import ParallelModel, share_work
 from parallel.pieces import Cut, Slice, local_part, whole_tensor
 from parallel.pipeline.cut import Bounds, cut
 from parallel.pipeline.part import Chainable, Part
 from parallel.pipeline.runtime import Held, Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.precision import Precision, computing, gather_policy
-from parallel.tensor import Divided, divide
+from parallel.tensor import Divided
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def lay_pipeline(
     partials: set[str] = set()
     for held in schedule.local(rank):
         copy = deepcopy(model)
-        divided = _divide(copy, mesh, layout)
+        divided = share_work(copy, mesh, layout)
         cuts |= divided.cuts
         partials |= set(divided.partial)
         parts[held] = Part(copy, bounds[held[1]], bounds[held[1] + 1], context)
@@ -308,17 +307,6 @@ def lay_pipeline(
     told = tuple(name for name in parameters if name.startswith(_tells(cast(Chainable, model))))
     counted = tuple(name for name in parameters if owners[name] == rank)
     return Pipeline(model, parts, parameters, told, counted, owners, divided)
-
-
-def _divide(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Divided:
-    """Share the work on a sample, as `parallel.parallelize` does, before the model is cut into stages."""
-    divided = Divided({}, ())
-    if layout.tp > 1:
-        divided = divide(model, mesh.get_group("tp"), layout)
-    if layout.cp > 1:
-        regions = cast(FlowModel, model).regions()
-        cut_sequences(model, regions, mesh.get_group("cp"), layout.context)
-    return divided
 
 
 def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Precision) -> None:

@@ -27,12 +27,15 @@ def sent(ranks: Ranks) -> dict[str, float]:
     }
     if size == 2:
         engines |= {f"zero-{n}": (lambda n=n: scenario.build_zero(n)) for n in (1, 2, 3)}
+    engines["fsdp, microbatches"] = engines["fsdp"]
     found = {}
     for name, build in engines.items():
         engine = build()
+        # Half a rank's share, or all of it.
+        microbatch = scenario.GLOBAL_BATCH // size // (2 if "micro" in name else 1)
         for step in range(STEADY + 1):
             with SentBytes() as counted:
-                scenario.backward(engine, step)
+                scenario.backward(engine, step, microbatch)
                 engine.clip_gradients(scenario.MAX_NORM)
                 engine.step(scenario.LEARNING_RATE, torch.zeros(()))
         found[name] = float(counted.total)
@@ -69,6 +72,10 @@ CASES = {
     (4, "ddp"): (ddp_bytes(numbers(ALL), 4), 2 * share(4, 4)),
     (2, "fsdp"): (fsdp_bytes(padded(BLOCKS, 2), padded(REST, 2), 2, 1), 4 * share(4, 2)),
     (4, "fsdp"): (fsdp_bytes(padded(BLOCKS, 4), padded(REST, 4), 4, 1), 4 * share(4, 4)),
+    (2, "fsdp, microbatches"): (
+        fsdp_bytes(padded(BLOCKS, 2), padded(REST, 2), 2, 1, microbatches=2),
+        4 * share(4, 2),
+    ),
     (4, "hsdp"): (fsdp_bytes(padded(BLOCKS, 2), padded(REST, 2), 2, 2), 6 * share(4, 2)),
     (2, "zero-1"): (zero_bytes(1, numbers(ALL), 2), 4 * share(4, 2)),
     (2, "zero-2"): (zero_bytes(2, numbers(ALL), 2), 4 * share(4, 2)),
