@@ -156,7 +156,10 @@ class FlowBlock(nn.Module):
 
     def enter(self, u: Tensor, condition: Tensor | None) -> Tensor:
         """What the first layer reads: (batch, prefix_tokens + chain, width); see `forward`."""
-        v = self.inputs(self.ordered(u.float()))
+        return self.embed(self.inputs(self.ordered(u.float())), condition)
+
+    def embed(self, v: Tensor, condition: Tensor | None) -> Tensor:
+        """Inputs v (batch, chain, features), behind the prefix, as the first layer reads them."""
         h = self.project_in(v.to(self.project_in.weight.dtype))
         # In place: the projection's gradient does not need its result.
         if self.position is not None:

@@ -95,6 +95,14 @@ def blocks_of(model: TarFlow | STARFlow) -> list[FlowBlock]:
     return list(model.flow_blocks)
 
 
+def read_at_once(block, v, condition):
+    """(log scale, shift) that a block says of the whole chain, without a cache."""
+    h = block.embed(v, condition)
+    for layer in block.layers:
+        h = block.layer(layer, h)
+    return block._read(h[:, block.shape.prefix_tokens :])
+
+
 @pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
 def config(request: pytest.FixtureRequest) -> TarFlowConfig | STARFlowConfig:
     return CONFIGS[request.param]

@@ -17,6 +17,7 @@ from tests.flows.test_autoregressive_flows import (
     blocks_of,
     disturbed,
     inputs,
+    read_at_once,
 )
 
 LINEAR = FlowGuidance(1.5, "linear", "both", annealed=False, temperature=1.0)
@@ -57,7 +58,7 @@ def test_the_cache_changes_nothing(flow) -> None:
     known = told(model, 3, given.get("label"), given.get("text"))
     for block in blocks_of(model):
         v = block.inputs(block.ordered(model.tokens(x)))
-        whole = block._read(block._network(v, known.condition))
+        whole = read_at_once(block, v, known.condition)
         cache = block.open(known.condition, 3, None)
         pieces = [block.predict(part, cache) for part in v.split([1, 1, 4, 1, v.shape[1] - 7], 1)]
         for one, parts in zip(whole, zip(*pieces, strict=True), strict=True):
@@ -177,10 +178,8 @@ def test_guided_inversion_equals_two_separate_networks() -> None:
             u = w.clone()
             for j in range(15):
                 none = torch.full((3,), 5)
-                a, m = (
-                    part[:, j] for part in block._read(block._network(u[:, :15], given["label"]))
-                )
-                a0, m0 = (part[:, j] for part in block._read(block._network(u[:, :15], none)))
+                a, m = (part[:, j] for part in read_at_once(block, u[:, :15], given["label"]))
+                a0, m0 = (part[:, j] for part in read_at_once(block, u[:, :15], none))
                 weight = 1.5 * (j + 1) / 15 if guidance.annealed else 1.5
                 a = a + weight * (a - a0) if guidance.parts != "shift" else a
                 m = m + weight * (m - m0) if guidance.parts != "scale" else m

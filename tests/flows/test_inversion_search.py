@@ -16,6 +16,7 @@ from tests.flows.test_autoregressive_flows import (
     disturbed,
     fresh,
     inputs,
+    read_at_once,
 )
 from tests.flows.test_inversion import LINEAR
 
@@ -62,7 +63,7 @@ def test_the_guessing_metric_is_the_residual_of_one_update() -> None:
     for guess, start in (("prior", w), ("zero", torch.zeros_like(w))):
         start = start.clone()
         start[:, 0] = w[:, 0]
-        log_scale, shift = block._read(block._network(start[:, :-1], given["label"]))
+        log_scale, shift = read_at_once(block, start[:, :-1], given["label"])
         residual = log_scale.exp() * w[:, 1:] + shift - u[:, 1:]
         # Block 0 is the last to be inverted.
         expected = residual.mean(0).norm().item()
