@@ -44,7 +44,10 @@ def fit_autoencoder(
 
     Raises UserError where diffusers is missing.
     """
-    model = _fresh(images.shape[1], images.shape[-1], widths, channels).to(device)
+    # diffusers draws first weights from PyTorch's global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _fresh(images.shape[1], images.shape[-1], widths, channels).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1.0 - 0.95 * step / steps)

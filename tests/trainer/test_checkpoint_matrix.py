@@ -90,14 +90,13 @@ class Run:
 
     def tensors(self) -> dict[str, Any]:
         return {
-            **{f"model.{name}": held for name, held in self.engine.parameters().items()},
+            **{f"model.{name}": held.detach() for name, held in self.engine.parameters().items()},
             **{f"optimizer.{n}": held for n, held in self.engine.optimizer_tensors().items()},
             **{f"ema.{name}": held for name, held in self.ema.tensors().items()},
         }
 
     def save(self, folder: Path) -> None:
-        held = {name: tensor.detach() for name, tensor in self.tensors().items()}
-        save(folder, step=MIDDLE, tensors=held, state={"step": MIDDLE}, keep=1)
+        save(folder, step=MIDDLE, tensors=self.tensors(), state={"step": MIDDLE}, keep=1)
 
     def load(self, folder: Path) -> "Run":
         assert load(at(folder), self.tensors()) == {"step": MIDDLE}
