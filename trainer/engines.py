@@ -13,7 +13,9 @@ from parallel.engines import accelerate, deepspeed, deepspeed_config, native, pi
 from parallel.engines.deepspeed_config import Json, Stage
 from parallel.engines.engine import Engine, OptimizerFactory
 from parallel.mesh import Layout, build_mesh, resolve_layout
-from parallel.processes import Ranks
+from parallel.parallelize import FlowModel
+from parallel.precision import check_float8, multiply_in_float8
+from parallel.processes import Ranks, choose_device
 from trainer.optimizers import build as build_adamw
 from trainer.pipelines import chain_costs, schedule_of
 from trainer.recipe import Recipe
@@ -55,6 +57,17 @@ class Placement:
         return parameters * (weights + gradients + 4 * (3 + averages) / ranks)
 
 
+def _check_float8(layout: Layout) -> None:
+    """Raises UserError where products of the layout cannot be in float8."""
+    for axis in ("tp", "pp"):
+        if (size := getattr(layout, axis)) > 1:
+            raise UserError(
+                f"train.float8 = true and parallel.{axis} = {size} do not go together; use "
+                f"parallel.{axis}=1, or train.float8=false."
+            )
+    check_float8(choose_device("auto", 0))
+
+
 def accumulates(recipe: Recipe, layout: Layout) -> bool:
     """Whether FSDP adds up the gradients of several microbatches, which are whole until the last one's."""
     local = recipe.train.batch // layout.data_size
@@ -68,6 +81,11 @@ def place(recipe: Recipe, world_size: int) -> Placement:
     Raises UserError naming the key, and what would work.
     """
     section = recipe.parallel
+    if recipe.train.float8 and section.engine != "native":
+        raise UserError(
+            f"train.float8 = true and parallel.engine = {section.engine} do not go together; use "
+            "parallel.engine=native, or train.float8=false."
+        )
     if section.engine == "accelerate":
         return _place_accelerate(recipe, world_size)
     if accelerate.launched(world_size) is not None:
@@ -89,6 +107,8 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         ep=section.ep,
         pp=section.pp,
     )
+    if recipe.train.float8:
+        _check_float8(layout)
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(
             f"parallel.offload keeps FSDP's shards on the host, and parallel.strategy = {layout.strategy} "
@@ -104,6 +124,8 @@ def build_engine(
     with torch.device("meta"):
         network = model.build()
     train, factory = recipe.train, optimizer_factory(recipe)
+    if train.float8:
+        multiply_in_float8(cast(FlowModel, network).blocks)
     if recipe.parallel.engine == "accelerate":
         return accelerate.build(
             network,

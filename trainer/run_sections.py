@@ -62,6 +62,10 @@ class TrainSection(Section):
         None, description="samples a forward on one rank; null: the rank's whole share"
     )
     precision: Literal["fp32", "bf16"] = "fp32"
+    float8: bool = Field(
+        False,
+        description="matrix products of blocks in float8, by torchao, on devices that have it",
+    )
     checkpoint_activations: Annotated[int, Field(ge=0)] = Field(
         0, description="recompute every n-th block in backward; 0: none, 1: all"
     )
@@ -83,6 +87,15 @@ class TrainSection(Section):
     def recompute(self) -> Recompute:
         """The two keys that say what is recomputed, as one."""
         return Recompute(self.checkpoint_activations, self.checkpoint_keeps)
+
+    @model_validator(mode="after")
+    def _float8_in_bf16(self) -> "TrainSection":
+        if self.float8 and self.precision != "bf16":
+            raise ValueError(
+                f"train.float8 = true makes products of what is else bfloat16, and train.precision = "
+                f"{self.precision}; set train.precision=bf16, or drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _keeps_of_something(self) -> "TrainSection":
