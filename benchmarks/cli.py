@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from benchmarks.loader import Comparison
     from benchmarks.sampling import SamplingCost
 
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this trainer.")
 
 
@@ -28,14 +32,10 @@ def bench() -> None:
 
 @app.command()
 def overhead(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
-    ] = "digits",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
-    ] = None,
+    recipe: RecipeArgument = "digits",
+    overrides: Overrides = None,
     pairs: Annotated[int, typer.Option(min=10, help="Steps of either side.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The trainer's step against a hand-written loop: same arithmetic, same tensors, in turn, one rank."""
     from benchmarks.overhead import measure
@@ -55,14 +55,10 @@ def overhead(
 
 @app.command()
 def engines(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
-    ] = "digits",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
-    ] = None,
+    recipe: RecipeArgument = "digits",
+    overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(min=10, help="Steps of every side.")] = 100,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Every engine against bare PyTorch loops: two ranks, same tensors, step by step in turn."""
     from launch.ranks import joined_by_launcher, run_ranks
@@ -99,14 +95,10 @@ def engines(
 
 @app.command()
 def step(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
-    ] = "digits",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
-    ] = None,
+    recipe: RecipeArgument = "digits",
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=3, help="Steps to measure.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Where a training step's time goes, beside bare matrix products of the same run."""
     from benchmarks.step import measure
@@ -131,12 +123,10 @@ def step(
 
 @app.command()
 def memory(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of the run; none is started.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What each of many ranks would hold of a model: nothing is allocated, no data is read."""
     from benchmarks.memory import HELD, measure
@@ -166,7 +156,7 @@ def loader(
     resume_samples: Annotated[
         int, typer.Option(min=0, help="Samples of the epoch to go on in at 90 %; 0: do not.")
     ] = 100_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Our loader against others on this machine: samples a second, and going on late in an epoch."""
     from benchmarks.loader import compare
@@ -192,7 +182,7 @@ def papers(
         list[str] | None, typer.Argument(help="Checks to run; all if none is named.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data and noise.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Claims of papers on eight Gaussians: what was asked for, what was found. Minutes on one core."""
     import torch
@@ -232,7 +222,7 @@ def sampling(
     samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 512,
     group: Annotated[int, typer.Option(min=2, help="Tokens of a group of GS-Jacobi.")] = 16,
     tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.03,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these."""
     from benchmarks.sampling import measure_run, train_and_measure
@@ -293,7 +283,7 @@ def pipeline(
         float, typer.Option(min=1, help="Of a forward of one rank's share of the model.")
     ] = 80.0,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of every schedule.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pipeline schedules on real ranks whose work is a sleep: how long they wait, and what was predicted."""
     from launch.ranks import joined_by_launcher, run_ranks
@@ -342,7 +332,7 @@ def pipeline(
 def experts(
     count: Annotated[list[int], typer.Option(min=2, help="Numbers of experts.")] = [8, 16, 64],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Turns of either way.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A mixture of experts against a loop over its experts: forward and backward, one thread of a CPU."""
     import torch
@@ -366,18 +356,14 @@ def experts(
 
 @app.command()
 def wait(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.")
-    ] = "digits",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
-    ] = None,
+    recipe: RecipeArgument = "digits",
+    overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 200,
     device_ms: Annotated[
         float, typer.Option(min=0, help="What a step of a device takes, in milliseconds.")
     ] = 50.0,
     batch: Annotated[int, typer.Option(min=1, help="JPEGs that such a step asks for.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How long steps wait for data: of a recipe as it trains here, and of JPEGs for a device."""
     from benchmarks.loader_sides import Setting

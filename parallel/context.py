@@ -24,10 +24,10 @@ from torch.distributed import ProcessGroup
 from flows.errors import UserError
 from flows.models.attention import Kernel, see_before
 from flows.models.division import Region
-from parallel.mesh import Context
+from parallel.mesh import Context, divisors
 from parallel.regions import Deal, gather_summed
 from parallel.ring import ring_attention
-from parallel.tensor import Divisible, divisors
+from parallel.tensor import Divisible
 from parallel.ulysses import ulysses_attention
 
 

@@ -26,10 +26,9 @@ from flows.errors import UserError
 from flows.models.mixture import Compute, Experts, Meanwhile
 from flows.models.routers import Reach, Router
 from parallel.exchange import send_rows_off, send_to_each
-from parallel.mesh import AXES, Layout
+from parallel.mesh import AXES, Layout, divisors
 from parallel.pieces import Cut
 from parallel.regions import all_reduce
-from parallel.tensor import divisors
 
 AXIS = "ep"
 WITHIN = "expert_shard"

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from flows.models.family import parameter_count
+
 
 def shard_model(
     model: nn.Module,
@@ -104,13 +106,9 @@ def gathered_bytes(model: nn.Module, item_size: int, reshard_after_forward: bool
         if inner is not part
     }
     outermost = [part for part in parts[1:] if id(part) not in nested]
-    blocks = sorted((_numbers(part) for part in outermost), reverse=True)
+    blocks = sorted((parameter_count(cast(nn.Module, p)) for p in outermost), reverse=True)
     there = blocks[:2] if reshard_after_forward else blocks
-    return item_size * (_numbers(model) - sum(blocks) + sum(there))
-
-
-def _numbers(module: object) -> int:
-    return sum(parameter.numel() for parameter in cast(nn.Module, module).parameters())
+    return item_size * (parameter_count(model) - sum(blocks) + sum(there))
 
 
 @contextmanager

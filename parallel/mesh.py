@@ -129,13 +129,11 @@ def _data_ranks(world_size: int, pp: int, tp: int, cp: int) -> int:
     """Ranks (or groups of ranks) that read different samples."""
     product = pp * tp * cp
     if world_size % product:
-        fits = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         given = [(key, size) for key, size in (("pp", pp), ("tp", tp), ("cp", cp)) if size > 1]
         keys = " x ".join(f"parallel.{key} = {size}" for key, size in given)
         raise UserError(
             f"{keys} does not divide {_ranks(world_size)}; {'it' if len(given) == 1 else 'their product'} "
-            f"may be {', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}, or start {product} "
-            "ranks or a multiple of it."
+            f"may be {divisors(world_size)}, or start {product} ranks or a multiple of it."
         )
     return world_size // product
 
@@ -220,6 +218,12 @@ def _with_cp(mesh: DeviceMesh, layout: Layout, axis: str) -> DeviceMesh:
 def data_rank(mesh: DeviceMesh) -> int:
     """This rank's place among `Layout.data_size`; ranks that share samples share it."""
     return mesh.get_local_rank("replicate") * mesh["shard"].size() + mesh.get_local_rank("shard")
+
+
+def divisors(number: int) -> str:
+    """In words."""
+    fits = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}"
 
 
 def _has_hybrids(world_size: int) -> bool:

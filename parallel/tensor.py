@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from flows.errors import UserError
 from flows.models.division import Division, Region
 from parallel.exchange import in_dtype_of_products
-from parallel.mesh import Layout
+from parallel.mesh import Layout, divisors
 from parallel.pieces import Cut
 from parallel.regions import Deal, copied, gather, gather_summed, reduced, scattered, split
 
@@ -91,12 +91,6 @@ def check_division(model: nn.Module, layout: Layout) -> None:
                     f"{tp} ranks, which does not come out even; use parallel.tp = "
                     f"{divisors(tokens // cp)}, or parallel.sequence=false."
                 )
-
-
-def divisors(number: int) -> str:
-    """In words."""
-    fits = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return f"{', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}"
 
 
 def pair_bytes(activation: int, ranks: int) -> int:

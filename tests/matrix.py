@@ -8,7 +8,6 @@ ranks. The suite holds single cells; this prints all of them, and fails if one i
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from tests.trainer import families, runs
 from tests.trainer import test_checkpoint_matrix as matrix_of_checkpoints
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
-from trainer.run_folder import RunFolder
-from trainer.running import train_rank
 
 PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
 BEGIN, END = "<!-- begin: make matrix -->", "<!-- end: make matrix -->"
@@ -98,8 +95,7 @@ def train_families(
         except UserError as error:
             refused[name] = str(error)
             continue
-        with ExitStack() as stack:
-            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+        runs.train_as_rank(made, ranks)
     return refused
 
 

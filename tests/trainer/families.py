@@ -1,11 +1,14 @@
 """A tiny recipe of every model family, on real digits."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+from tests.trainer import runs
 from trainer.recipe import Recipe, build_recipe
 
 BATCH, STEPS = 8, 20
+HALF = STEPS // 2
 
 TINY: dict[str, dict[str, Any]] = {
     "dit": {"model": {"patch": 4, "width": 32, "depth": 2, "heads": 2}},
@@ -88,3 +91,11 @@ def recipe(
         "tracking": {"mlflow": False},
     }  # fmt: skip
     return build_recipe(data, name)
+
+
+def stopped(run: Path, place: Path) -> Path:
+    """A copy of a run as it was at its half; its folder."""
+    shutil.copytree(run, place)
+    shutil.rmtree(place / "checkpoints" / f"step-{STEPS:08d}")
+    assert list(runs.manifests(place)) == [HALF]
+    return place

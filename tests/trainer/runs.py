@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from parallel import processes
+from parallel.processes import Ranks
 from trainer import metrics_log
+from trainer.assembly import Plan
 from trainer.checkpoints.commit import committed
 from trainer.checkpoints.manifest import Manifest, read_manifest
 from trainer.checkpoints.shards import TORCH_DTYPES
 from trainer.checkpoints.store import load
 from trainer.recipe import Recipe, load_recipe
-from trainer.running import Outcome, run_training
+from trainer.run_folder import RunFolder
+from trainer.running import Outcome, run_training, train_rank
 
 RECIPE = "digits8"
 TINY = [
@@ -132,6 +135,13 @@ def train_here(made: Recipe, progress: "Silence | None" = None) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "choose_device", lambda *_: torch.device("cpu"))
         return run_training(made, 1, progress or Silence())
+
+
+def train_as_rank(made: Plan, ranks: Ranks) -> None:
+    """Train to the end within this process, as one of the ranks of a group that is there."""
+    folder = RunFolder(Path(made.recipe.run.dir))
+    with ExitStack() as stack:
+        assert train_rank(made, folder, ranks, Silence(), [], stack).finished
 
 
 class Silence:

@@ -1,7 +1,5 @@
 """Sequences cut over ranks train, and sample, what one rank does: every family, both ways."""
 
-import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,11 @@ from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
 from trainer.assembly import plan
 from trainer.recipe import Recipe
-from trainer.run_folder import RunFolder
-from trainer.running import train_rank
 
 pytestmark = pytest.mark.timeout(900)
 
 EXACT = 1e-5
 NORM = 1e-6
-HALF = families.STEPS // 2
 
 Cells = dict[str, dict[str, dict[str, Any]]]
 
@@ -32,7 +27,7 @@ FAMILIES = ["dit", "mmdit", "tarflow", "starflow", "jet"]
 ONE: Cells = {
     **{name: {} for name in FAMILIES},
     "dit of four heads": {"model": {"heads": 4}},
-    "starflow": {"checkpoint": {"every": HALF}},
+    "starflow": {"checkpoint": {"every": families.HALF}},
 }
 TWO: Cells = {
     **{f"{name}, ulysses": {"parallel": {"cp": 2}} for name in FAMILIES},
@@ -42,7 +37,7 @@ TWO: Cells = {
     "mmdit, ring": {"parallel": RING},
     "tarflow, ring, copies": {"parallel": RING | {"strategy": "ddp"}},
     "jet, ring": {"parallel": RING},
-    "starflow, ring": {"parallel": RING, "checkpoint": {"every": HALF}},
+    "starflow, ring": {"parallel": RING, "checkpoint": {"every": families.HALF}},
     "starflow, ring, after one rank": {"parallel": RING},
 }  # fmt: skip
 FOUR: Cells = {
@@ -91,8 +86,7 @@ def train_cells(ranks: Ranks, folder: str, cells: Cells) -> int:
     for cell, keys in cells.items():
         place = Path(folder, cell)
         made = plan(recipe(cell, place, keys), ranks.world_size)
-        with ExitStack() as stack:
-            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+        runs.train_as_rank(made, ranks)
     return len(cells)
 
 
@@ -104,18 +98,10 @@ def one(tmp_path_factory) -> Path:
     return folder
 
 
-def stopped(run: Path, place: Path) -> Path:
-    """A copy of a run as it was at its half; its folder."""
-    shutil.copytree(run, place)
-    shutil.rmtree(place / "checkpoints" / f"step-{families.STEPS:08d}")
-    assert list(runs.manifests(place)) == [HALF]
-    return place
-
-
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    stopped(one / "starflow", folder / "starflow, ring, after one rank")
+    families.stopped(one / "starflow", folder / "starflow, ring, after one rank")
     run_ranks(train_cells, 2, timeout=400.0, folder=str(folder), cells=TWO)
     return folder
 
@@ -206,7 +192,7 @@ def test_what_cannot_be_cut_is_refused_before_any_rank(tmp_path, family, paralle
 
 
 def test_one_rank_goes_on_where_two_ranks_of_one_sequence_stopped(one, two, tmp_path):
-    place = stopped(two / "starflow, ring", tmp_path / "starflow")
+    place = families.stopped(two / "starflow, ring", tmp_path / "starflow")
     assert runs.train_here(recipe("starflow", place, {})).finished
     hold(place, one / "starflow")
 

@@ -1,7 +1,5 @@
 """The layout law for experts over ranks: all that one rank computes, balance and samples as well."""
 
-import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,6 @@ from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
-from trainer.run_folder import RunFolder
-from trainer.running import train_rank
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -50,11 +46,8 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 MORE_NAMES = [name for layouts in MORE_LAYOUTS.values() for name in layouts]
 
 
-HALF = families.STEPS // 2
-
-
 def recipe(folder: Path, changes: list[str]):
-    every = f"checkpoint.every={HALF}"
+    every = f"checkpoint.every={families.HALF}"
     return override_recipe(families.recipe("dit_moe", folder), [*EXPERTS, every, *changes])
 
 
@@ -63,8 +56,7 @@ def train_all(ranks: Ranks, folder: str, layouts: dict[str, list[str]]) -> int:
     for name, changes in layouts.items():
         place = Path(folder, name)
         made = plan(recipe(place, changes), ranks.world_size)
-        with ExitStack() as stack:
-            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+        runs.train_as_rank(made, ranks)
     return len(layouts)
 
 
@@ -83,19 +75,11 @@ def one(tmp_path_factory) -> Path:
     return folder
 
 
-def stopped(run: Path, place: Path) -> Path:
-    """A copy of a run as it was at its half; its folder."""
-    shutil.copytree(run, place)
-    shutil.rmtree(place / "checkpoints" / f"step-{families.STEPS:08d}")
-    assert list(runs.manifests(place)) == [HALF]
-    return place
-
-
 @pytest.fixture(scope="module")
 def folder(one, tmp_path_factory) -> Path:
     """Of all runs, one of which was begun by one rank."""
     made: Path = tmp_path_factory.mktemp("experts")
-    stopped(one / "plain", made / MOVED)
+    families.stopped(one / "plain", made / MOVED)
     return trained(made, LAYOUTS)
 
 
@@ -146,7 +130,7 @@ def test_experts_over_ranks_train_what_one_rank_trains(folder, one, name):
 
 
 def test_one_rank_goes_on_from_experts_over_ranks(folder, one, tmp_path):
-    place = stopped(folder / "fsdp4 ep2", tmp_path / "run")
+    place = families.stopped(folder / "fsdp4 ep2", tmp_path / "run")
     assert runs.train_here(recipe(place, [])).finished
     hold(place, one / "plain", cut=False)
 

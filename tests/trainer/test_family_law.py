@@ -1,7 +1,6 @@
 """The layout law for every model family: any layout trains, and samples, what one rank does."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
 from trainer.assembly import plan
-from trainer.run_folder import RunFolder
-from trainer.running import train_rank
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -37,8 +34,7 @@ def train_all(ranks: Ranks, folder: str, changes: dict[str, Any]) -> int:
     for name in families.TINY:
         place = Path(folder, name)
         made = plan(families.recipe(name, place, parallel=changes), ranks.world_size)
-        with ExitStack() as stack:
-            assert train_rank(made, RunFolder(place), ranks, runs.Silence(), [], stack).finished
+        runs.train_as_rank(made, ranks)
     return len(families.TINY)
 
 
