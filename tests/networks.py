@@ -34,9 +34,9 @@ def save_autoencoder(folder: Path, *, seed: int = 0, image_channels: int = 3) ->
     return folder
 
 
-def save_t5(folder: Path) -> Path:
+def save_t5(folder: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
         T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes)).save_pretrained(folder)
     _save_tokenizer(folder, "$A </s>")

@@ -31,12 +31,12 @@ from parallel.context import check_context
 from parallel.expert import check_experts, check_routing
 from parallel.mesh import Layout
 from parallel.tensor import check_division
-from trainer.asked import text_member
 from trainer.checkpoints.store import latest_whole
 from trainer.engines import Placement, place
 from trainer.flow_sections import LikelihoodSection
 from trainer.latents import check_latents
 from trainer.pipelines import check_pipeline
+from trainer.prompts import embed_prompts, text_member
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder
 from trainer.storage import reach_storage
@@ -102,6 +102,8 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     build_objective(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
+    if recipe.sample.prompts:
+        embed_prompts(recipe, recipe.sample.prompts)
     return Plan(in_steps(recipe, stream.epochs), placement, model, stream)
 
 
@@ -185,7 +187,7 @@ def training_stream(recipe: Recipe) -> Stream:
         seed=recipe.seed,
         lanes=data.lanes,
         window=data.window,
-        text=text_member(recipe),
+        text=text_member(data.text) if data.text else None,
         tolerate=Tolerance(data.max_bad_fraction, run.quarantine, past),
     )
 

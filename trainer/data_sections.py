@@ -95,6 +95,10 @@ class TextSection(Section):
         description="words a sample; longer texts are cut, shorter ones padded"
     )
     width: Positive = Field(description="numbers a word")
+    encoder: Text | None = Field(
+        None,
+        description="what embedded them, to embed prompts alike: hashed:WIDTH, or a local folder",
+    )
 
 
 class DataSection(Section):

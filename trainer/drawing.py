@@ -126,7 +126,7 @@ def _integrate(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tens
         seed=recipe.seed,
         path=objective.path,
         prediction=objective.prediction,
-        **section.model_dump(exclude={"every", "count"}),
+        **section.own_keys(),
     )
 
 
@@ -164,7 +164,7 @@ def _jump(model: nn.Module, recipe: Recipe, condition: Condition, ids: Tensor) -
         path=objective.path,
         tokens=math.prod(shape),
         seed=recipe.seed,
-        **section.model_dump(exclude={"every", "count"}),
+        **section.own_keys(),
     )
     return Sampled(to_image(drawn.tokens, objective.path.levels, shape), drawn.network_calls)
 

@@ -20,12 +20,17 @@ def judge_run(
 
     A collective: ranks share the drawing, `batch` samples at a time, and the first one judges.
 
-    Raises UserError if the recipe names no held-out shards, or the run has no whole checkpoint.
+    Raises UserError if the recipe names no held-out shards, or prompts, or the run has no whole
+    checkpoint.
     """
     if recipe.data.heldout is None:
         raise UserError(
             f"{run.recipe} has no data.heldout, and samples are judged against held-out images; "
             "give it data.heldout=SHARDS."
+        )
+    if recipe.sample.prompts:
+        raise UserError(
+            "sample.prompts ask for what no held-out image is beside; judge with sample.prompts=null."
         )
     trained = load_trained(run, recipe, ranks.device, batch=min(batch, count))
     samples = draw_together(trained, count, batch=batch, ranks=ranks)

@@ -70,6 +70,11 @@ class Recipe(Section):
                 f"sample.guidance = {self.sample.guidance} needs a model that saw hidden labels; "
                 "set objective.label_drop (0.1 is usual), or drop sample.guidance"
             )
+        if self.sample.prompts and self.data.text is None:
+            raise ValueError(
+                "sample.prompts gives texts, and the recipe has no data.text: its model reads none; drop the "
+                "prompts, or train a recipe that reads captions, such as mmdit_emoji"
+            )
         if self.optimizer.final_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.final_lr = {self.optimizer.final_lr} is above "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from trainer import metrics_log, pictures, tracking
+from trainer.asked import asked_names
 from trainer.metrics_log import MetricsLog
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, lock_if_free
@@ -152,7 +153,7 @@ class Report(Quiet):
             )
         partial.replace(path.with_suffix(".npz"))
         picture = path.with_suffix(".png")
-        pictures.class_grid(images, labels, self._recipe.data.names, picture, GRID_COLUMNS)
+        pictures.class_grid(images, labels, asked_names(self._recipe), picture, GRID_COLUMNS)
         files = sorted(self._run.samples.glob("step-*.npz"))
         every = -(-len(files) // GRID_ROWS)
         shown = files[::-1][::every][::-1]

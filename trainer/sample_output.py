@@ -27,7 +27,7 @@ from data_pipeline.storage import resolve
 from data_pipeline.storing import reason, sha256_of, write_text, written_whole
 from flows.errors import UserError
 from parallel.processes import Ranks, from_first, gather
-from trainer.asked import ask
+from trainer.asked import ask, asked_names
 from trainer.drawing import Samples
 from trainer.pictures import to_bytes
 from trainer.recipe import Recipe
@@ -236,7 +236,8 @@ def _members(recipe: Recipe, member: Member, ids: range, drawn: Samples) -> Iter
 
 
 def _about(recipe: Recipe, number: int, label: int) -> dict[str, Any]:
-    return {"id": number, "label": label, "class": recipe.data.names[label]}
+    what = "prompt" if recipe.sample.prompts else "class"
+    return {"id": number, "label": label, what: asked_names(recipe)[label]}
 
 
 def _key(number: int) -> str:
@@ -276,7 +277,7 @@ def _describe(recipe: Recipe, order: Order, made: dict[str, Shard]) -> None:
             bytes=int(place.storage.info(place.path)["size"]),
             sha256=sha256_of(url),
         )
-    names = tuple(recipe.data.class_names or ())
+    names = tuple(recipe.sample.prompts or recipe.data.class_names or ())
     write_description(order.out, Description(class_names=names, shards=shards))
 
 

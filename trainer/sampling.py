@@ -9,6 +9,8 @@ from trainer.drawing import Samples, calls_parts, draw_samples, find_shared
 from trainer.ema import Ema
 from trainer.recipe import Recipe, override_recipe
 
+# What a trained model leaves open.
+FREE = ("sample.", "seed=", "data.heldout=", "data.autoencoder=", "data.text.encoder=")
 BATCH = 128  # samples in one network call while training: bounds memory, changes no sample
 
 
@@ -40,14 +42,14 @@ def sample_over_ranks(engine: Engine, ema: Ema, recipe: Recipe) -> Samples:
 
 
 def with_overrides(recipe: Recipe, overrides: list[str]) -> Recipe:
-    """`recipe` with another seed, held-out shards, place of its autoencoder or `sample.*` values.
+    """`recipe` with another seed, held-out shards, place of its encoders or `sample.*` values.
 
     The rest belongs to the training.
     """
     for override in overrides:
-        if not override.startswith(("sample.", "seed=", "data.heldout=", "data.autoencoder=")):
+        if not override.startswith(FREE):
             raise UserError(
                 f"command line: {override!r} would change the training, which is over; change "
-                "sample.*, seed, data.heldout or data.autoencoder alone."
+                "sample.*, seed, data.heldout, data.autoencoder or data.text.encoder alone."
             )
     return override_recipe(recipe, overrides)

@@ -44,6 +44,13 @@ class AnySampling(Section):
     every: Annotated[int, Field(ge=0)] = Field(0, description="steps between sample grids; 0: none")
     count: Positive = Field(40, description="samples in a grid while training")
     guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="1: none")
+    prompts: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="texts to draw samples of, in turn; null: held-out captions, or classes"
+    )
+
+    def own_keys(self) -> dict[str, Any]:
+        """The keys that say how a sample is drawn, and not which or how many."""
+        return self.model_dump(exclude={*AnySampling.model_fields} - {"guidance"})
 
     @property
     def guided(self) -> bool:

@@ -97,7 +97,7 @@ def encode(
         )  # fmt: skip
         _work(job, rank, world_size)
     if not joined:
-        _print_summary(out, as_json)
+        _print_summary(out, text, as_json)
 
 
 def _start_ranks(ranks: int, out: str) -> None:
@@ -151,8 +151,11 @@ def _work(job: "Job", rank: int, world_size: int) -> None:
     run(job, rank=rank, ranks=world_size, report=report)
 
 
-def _print_summary(out: str, as_json: bool) -> None:
-    """What the folder holds now."""
+def _print_summary(out: str, encoder: str | None, as_json: bool) -> None:
+    """What the folder holds now.
+
+    encoder: of its captions
+    """
     from data_pipeline.encode import read_records
 
     description, records = read_records(out)
@@ -180,8 +183,9 @@ def _print_summary(out: str, as_json: bool) -> None:
         table.add_row("train with", f"data.train='{out}/...' {keys}")
     if texts is not None:
         table.add_row("text", f"{texts.kind}, width {texts.width}, {texts.dtype}, {cut:,} cut")
-        text = f"{{member: text.npy, tokens: {texts.max_tokens}, width: {texts.width}}}"
-        table.add_row("condition on it with", f"data.text='{text}'")
+        shape = f"tokens: {texts.max_tokens}, width: {texts.width}"
+        text = f"{{member: text.npy, {shape}, encoder: {encoder!r}}}"
+        table.add_row("condition on it with", f'data.text="{text}"')
     table.add_row("samples left out", f"{len(dropped):,}")
     console = Console()
     console.print(table)

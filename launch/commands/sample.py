@@ -28,6 +28,18 @@ SampleOverrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes: sample.key=value, seed=value or data.heldout=shards."),
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt", help="A text to draw samples of; several are taken in turn. As sample.prompts."
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Samples to draw, classes or prompts in turn; 100, or 10 of each prompt."
+    ),
+]
 BatchOption = Annotated[
     int,
     typer.Option(
@@ -49,7 +61,8 @@ Out = Annotated[
 def sample(
     run: RunArgument,
     overrides: SampleOverrides = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples to draw, classes in turn.")] = 100,
+    prompt: Prompts = None,
+    count: Count = None,
     form: Form = "grid",
     out: Out = None,
     numbers: Annotated[
@@ -70,6 +83,7 @@ def sample(
     Sample number i is the same on any number of ranks. A folder or shards that were cut short are
     completed by the same command.
     """
+    from trainer.prompts import embed_prompts
     from trainer.run_folder import open_run
     from trainer.sample_output import Order
     from trainer.sampling import with_overrides
@@ -77,7 +91,11 @@ def sample(
     from trainer.trained import load_trained
 
     folder, recipe = open_run(run)
-    recipe = with_overrides(recipe, overrides or [])
+    asked = [f"sample.prompts={json.dumps(prompt, ensure_ascii=False)}"] if prompt else []
+    recipe = with_overrides(recipe, [*(overrides or []), *asked])
+    if recipe.sample.prompts:
+        embed_prompts(recipe, recipe.sample.prompts)  # refused before ranks start
+    count = count or 10 * len(recipe.sample.prompts or range(10))
     place = (out or str(folder.samples / {"grid": "final.png"}.get(form, form))).rstrip("/")
     reach_storage(recipe)
     _check_place(form, place, numbers)
@@ -127,13 +145,14 @@ def _draw_picture(
     trained: "Trained", place: str, count: int, batch: int, here: "Ranks"
 ) -> dict[str, Any] | None:
     from trainer import pictures
+    from trainer.asked import asked_names
     from trainer.reporting import GRID_COLUMNS
     from trainer.trained import draw_together
 
     drawn = draw_together(trained, count, batch=batch, ranks=here)
     if drawn is None:
         return None
-    names = trained.recipe.data.names
+    names = asked_names(trained.recipe)
     pictures.class_grid(drawn.images, drawn.labels, names, Path(place), GRID_COLUMNS)
     return {"picture": place, "network_calls": drawn.mean_calls}
 

@@ -193,9 +193,12 @@ def test_ranks_of_one_run_do_not_take_each_other_for_another(
         (["digits8"], ("digits8 is not a run folder",)),
         (
             ["runs/kept", "model.width=16"],
-            ("'model.width=16'", "change sample.*, seed, data.heldout or"),
+            ("'model.width=16'", "change sample.*, seed, data.heldout, data.autoencoder or"),
         ),
-        (["runs/kept", "sample=3"], ("'sample=3'", "change sample.*, seed, data.heldout or")),
+        (
+            ["runs/kept", "sample=3"],
+            ("'sample=3'", "change sample.*, seed, data.heldout, data.autoencoder or"),
+        ),
         (["runs/kept", "sample.stepz=3"], ("sample.stepz", "did you mean sample.steps?")),
         (["runs/kept", "sample.steps=0"], ("sample.steps = 0 must be at least 1",)),
         (["runs/kept", "seed=x"], ("seed = 'x' must be a whole number",)),
