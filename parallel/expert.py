@@ -67,19 +67,6 @@ NOTHING = Scattered({}, (), None, 1, 1)
 def check_routing(model: nn.Module, layout: Layout) -> None:
     """Raise UserError for routers that need what ranks of this layout do not have."""
     found = [module.routing for module in model.modules() if isinstance(module, Router)]
-    for routing in found[:1] if layout.pp > 1 else []:
-        carried = "bias_rate" if routing.bias_rate else "balance = previous"
-        if routing.bias_rate or routing.balance == "previous":
-            raise UserError(
-                f"parallel.pp = {layout.pp} lays layers over ranks, which do not hand each other what "
-                f"model.{carried} carries from step to step; use model.balance=sequence and "
-                "model.bias_rate=0, or parallel.pp=1."
-            )
-        if routing.capacity:
-            raise UserError(
-                f"parallel.pp = {layout.pp} asks how much each layer has to do before it runs, and "
-                f"model.capacity = {routing.capacity:g} leaves that to the tokens; use model.capacity=0."
-            )
     if found and layout.sequence:
         raise UserError(
             "parallel.sequence = true cuts tokens over parallel.tp, which routers of experts do not know "

@@ -35,10 +35,7 @@ SAME_REQUEST_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything one rank trains with.
-
-    buffered: the network has state that is not learned, which checkpoints hold as well
-    """
+    """Everything one rank trains with."""
 
     recipe: Recipe
     run: RunFolder
@@ -49,7 +46,6 @@ class Parts:
     telemetry: Telemetry
     clock: Clock
     report: Quiet
-    buffered: bool
 
 
 def train(parts: Parts, first: int) -> int:
@@ -154,8 +150,7 @@ def checkpoint(parts: Parts, done: int) -> None:
 
 def checkpoint_tensors(parts: Parts) -> dict[str, Held]:
     """Canonical name -> tensor, the same names under any layout; loading writes in place."""
-    # Asked only where there are some: a pipeline would put its network together to look.
-    buffers = parts.engine.run(persistent_buffers, whole=False) if parts.buffered else {}
+    buffers = persistent_buffers(parts.engine.outline())
     return {
         **{f"buffer.{name}": value for name, value in buffers.items()},
         **{f"model.{name}": value.detach() for name, value in parts.engine.parameters().items()},

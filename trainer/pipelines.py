@@ -9,6 +9,7 @@ from flows.errors import UserError
 from flows.initialise import Initialisable, initialise
 from flows.models.chain import Chain, Chained
 from flows.models.family import Architecture
+from flows.models.routers import drop_nothing
 from parallel.mesh import Layout
 from parallel.pipeline.catalog import BIDIRECTIONAL, Words, make_schedule
 from parallel.pipeline.costs import operations, seconds
@@ -30,7 +31,7 @@ def chain_of(model: nn.Module, family: str) -> Chain:
     if not hasattr(model, "chain"):
         raise UserError(
             f"model.family = {family} is not cut into stages; use parallel.pp=1, or the family dit, "
-            "starflow or tarflow."
+            "dit_moe, starflow or tarflow."
         )
     return cast(Chained, model).chain()
 
@@ -42,6 +43,8 @@ def chain_costs(
     device = torch.device("meta" if batch is None else "cpu")
     with device:
         model = architecture.build()
+    if batch is None:
+        drop_nothing(model)
     chain = chain_of(model, recipe.model.family)
     if batch is None:
         return chain, operations(chain, _inputs(recipe, 1, device))

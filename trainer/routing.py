@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flows.models.dit_moe import routers
 from flows.models.routers import rebalance
@@ -53,12 +53,7 @@ def rebalance_routers(engine: Engine, sums: RoutingSums, skip: Tensor) -> None:
 
     skip: () 1 where the optimizer step was skipped
     """
-    load = sums.load.sum(1)
-
-    def all_routers(model: nn.Module) -> None:
-        rebalance(routers(model), load, skip)
-
-    engine.run(all_routers, whole=False)
+    rebalance(routers(engine.outline()), sums.load.sum(1), skip)
 
 
 class ExpertUse:

@@ -26,7 +26,6 @@ from data_pipeline.augment import Augment
 from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
 from flows.errors import UserError
-from flows.models.family import persistent_buffers
 from parallel.clock import Clock
 from parallel.processes import Ranks, start, stop
 from trainer import tracking
@@ -135,10 +134,8 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
     )
     ema = Ema(engine.parameters(), recipe.train.ema)
     loader = open_loader(made, engine.data_rank, engine.data_size, ranks.device)
-    with torch.device("meta"):
-        buffered = bool(persistent_buffers(made.model.build()))
     objective = build_objective(recipe)
-    return Parts(recipe, run, engine, objective, loader, ema, telemetry, clock, report, buffered)
+    return Parts(recipe, run, engine, objective, loader, ema, telemetry, clock, report)
 
 
 def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:

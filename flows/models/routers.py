@@ -8,7 +8,7 @@ counts the tokens of one sample, and so does what an expert chooses.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -284,6 +284,13 @@ def routing_shape(model: nn.Module) -> tuple[int, int] | None:
     """(layers with experts, experts of each); None for a network without experts."""
     found = [module for module in model.modules() if isinstance(module, Router)]
     return (len(found), found[0].routing.experts) if found else None
+
+
+def drop_nothing(model: nn.Module) -> None:
+    """Let tokens find a place wherever they ask, in place: then no layer's work hangs on what they ask."""
+    for module in model.modules():
+        if isinstance(module, Router) and module.routing.chooser == "tokens":
+            module.routing = replace(module.routing, capacity=0.0)
 
 
 @torch.no_grad()

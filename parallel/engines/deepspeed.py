@@ -153,6 +153,10 @@ class DeepSpeedEngine:
         finally:
             self._model.train()
 
+    def outline(self) -> nn.Module:
+        model: nn.Module = self._model
+        return model
+
     def _forward(self, inputs: dict[str, Tensor]) -> Any:
         with computing(self._precision, self.device):
             return self._inner(**inputs)

@@ -98,6 +98,13 @@ class Engine(Protocol):
         """
         ...
 
+    def outline(self) -> nn.Module:
+        """The modules of the network, alike on all ranks, for what they hold besides parameters.
+
+        What is written into their buffers counts from the next `run` or step on. They are not to be called.
+        """
+        ...
+
 
 def over_microbatches(
     microbatches: Sequence[Batch],

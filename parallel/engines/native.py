@@ -147,6 +147,9 @@ class NativeEngine:
             # Without a backward nobody drops them, and the caller may write other weights next.
             release_gathered(model)
 
+    def outline(self) -> nn.Module:
+        return self._model.bare
+
     def _sum_partial(self) -> None:
         """Gradients that are those of a part of the work become those of all of it."""
         if self._model.partial:

@@ -140,6 +140,9 @@ class PipelinedEngine(NativeEngine):
         with computing(self._precision, self.device):
             return function(self._copy().eval())
 
+    def outline(self) -> nn.Module:
+        return next(iter(self._pipeline.parts.values())).model
+
     def _loss(self, outputs: Any, target: tuple[int, Prepared]) -> Tensor:
         """Of one microbatch, scaled as gradients are to be; the samples' own losses are kept."""
         number, prepared = target
@@ -212,7 +215,8 @@ class PipelinedEngine(NativeEngine):
                 held = self._model.placed(name, self._pipeline.parameters[name])
                 parameter.copy_(whole_tensor(held))
             dist.broadcast(parameter, src=ranks[owner], group=self._pp)
-        cast(Chainable, copy).reset_buffers()
+        for own, buffer in zip(copy.buffers(), self.outline().buffers(), strict=True):
+            own.copy_(buffer)
         return copy
 
 
@@ -298,7 +302,9 @@ def lay_pipeline(
     for part, names in named:
         # Wrapping adds prefixes to names but keeps the order of parameters.
         parameters |= dict(zip(names, part.model.parameters(), strict=True))
-        cast(Chainable, part.model).reset_buffers()
+    cast(Chainable, first.model).reset_buffers()
+    for part in others:
+        _share_buffers(part.model, first.model)
     own = {name: cut_ for name, cut_ in cuts.items() if name in parameters}
     divided = Divided(own, tuple(name for name in parameters if name in partials))
     placed = {n: Slice(p, own[n]) if n in own else p for n, p in parameters.items()}
@@ -320,6 +326,13 @@ def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Prec
         offload=False,
         uncut={weight for module in part.told.values() for weight in module.parameters()},
     )
+
+
+def _share_buffers(model: nn.Module, other: nn.Module) -> None:
+    """Let `model` have the buffers of another that differs in parameters and wrappers of blocks alone."""
+    kept = [[m for m in one.modules() if m._buffers] for one in (model, other)]
+    for own, its in zip(*kept, strict=True):
+        own._buffers.update(its._buffers)
 
 
 def _owners(model: Chainable, schedule: Schedule, bounds: Bounds) -> dict[str, int]:

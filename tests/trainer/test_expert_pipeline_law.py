@@ -1,0 +1,102 @@
+"""Networks of experts in pipelines: losses, balance, counts and samples are those of one rank.
+
+What routers carry from step to step is moved by the load of the whole batch, whichever rank has the
+layer; what they hand from layer to layer travels with the tokens.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from parallel.engines import pipelined
+from parallel.pipeline.catalog import NAMES
+from parallel.processes import Ranks
+from tests.distributed.harness import run_ranks
+from tests.trainer import families, runs
+from tests.trainer.test_expert_law import EXACT, hold, train_all, trained
+from tests.trainer.test_expert_law import recipe as mixture
+
+pytestmark = pytest.mark.timeout(900)
+
+# Eight links, as many as four ranks with two stages each need; biases, both losses, a capacity, a recurrent
+# state and masks come with the recipe.
+DEEP = ["model.depth=6"]
+PP2 = ["parallel.pp=2", "train.microbatch=2", *DEEP]
+PP4 = ["parallel.pp=4", "train.microbatch=1", *DEEP]
+BITPIPE, ZBV = "parallel.schedule=bitpipe", "parallel.schedule=zbv"
+CHOOSE = ["model.chooser=experts", "model.bias_rate=0"]
+MOVED = "pp2 bitpipe after one rank"
+# ranks -> name: changes
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    2: {"pp2 zbv": [*PP2, ZBV], MOVED: [*PP2, BITPIPE]},
+}
+MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    2: {
+        **{f"pp2 {name}": [*PP2, f"parallel.schedule={name}"] for name in NAMES},
+        "pp2 experts choose": [*PP2, *CHOOSE],
+    },
+    4: {
+        **{f"pp4 {name}": [*PP4, f"parallel.schedule={name}"] for name in NAMES},
+        "pp2 fsdp2": [*PP2, ZBV, "train.checkpoint_activations=1"],
+        "pp2 ddp2": [*PP2, BITPIPE, "parallel.strategy=ddp"],
+        "pp2 tp2": [*PP2, "parallel.tp=2"],
+    },
+}
+
+
+def names(layouts: dict[int, dict[str, list[str]]]) -> list[str]:
+    return [name for some in layouts.values() for name in some]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The run of one rank."""
+    folder: Path = tmp_path_factory.mktemp("one") / "plain"
+    runs.train_here(mixture(folder, DEEP))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(one, tmp_path_factory) -> Path:
+    """Of all runs, one of which was begun by one rank."""
+    made: Path = tmp_path_factory.mktemp("pipelines")
+    families.stopped(one, made / MOVED)
+    return trained(made, LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Path:
+    made: Path = tmp_path_factory.mktemp("more")
+    runs.train_here(mixture(made / "one", [*DEEP, *CHOOSE]))
+    return trained(made, MORE_LAYOUTS)
+
+
+@pytest.mark.parametrize("name", names(LAYOUTS))
+def test_stages_with_experts_train_what_one_rank_trains(folder, one, name):
+    hold(folder / name, one, cut=False)
+
+
+def test_one_rank_goes_on_from_stages_with_experts(folder, one, tmp_path):
+    place = families.stopped(folder / "pp2 zbv", tmp_path / "run")
+    assert runs.train_here(mixture(place, DEEP)).finished
+    hold(place, one, cut=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names(MORE_LAYOUTS))
+def test_every_schedule_trains_what_one_rank_trains(more, one, name):
+    hold(more / name, more / "one" if "choose" in name else one, cut="tp" in name)
+
+
+def told_apart(ranks: Ranks, folder: str) -> int:
+    """Train where each part of a rank has routers of its own, the first one's alone being told of loads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelined, "_share_buffers", lambda model, _: model.reset_buffers())
+        return train_all(ranks, folder, {"apart": [*PP2, ZBV]})
+
+
+@pytest.mark.slow
+def test_the_law_notices_routers_that_were_not_told(one, tmp_path):
+    run_ranks(told_apart, 2, timeout=280.0, folder=str(tmp_path))
+    ours, theirs = (runs.series(place, "loss") for place in (tmp_path / "apart", one))
+    assert runs.relative(ours, theirs) > 10 * EXACT
