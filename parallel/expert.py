@@ -130,9 +130,12 @@ def check_experts(model: nn.Module, ep: int, *, compiled: bool) -> None:
             )
 
 
-def scatter_experts(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Scattered:
-    """Leave each rank its experts of a model on the meta device, in place, and let tokens travel."""
-    axes = expert_mesh(mesh, layout)
+def scatter_experts(model: nn.Module, axes: DeviceMesh, layout: Layout) -> Scattered:
+    """Leave each rank its experts of a model on the meta device, in place, and let tokens travel.
+
+    model: or a part of one, with the parameters of some experts alone
+    axes: an `expert_mesh`
+    """
     group = axes.get_group(AXIS)
     index = axes.get_local_rank(AXIS)
     cuts: dict[str, Cut] = {}
@@ -140,13 +143,15 @@ def scatter_experts(model: nn.Module, mesh: DeviceMesh, layout: Layout) -> Scatt
     for path, module in model.named_modules():
         if not isinstance(module, Experts):
             continue
-        for name, weight in list(module.named_parameters(recurse=False)):
+        held = list(module.named_parameters(recurse=False))
+        for name, weight in held:
             cut = Cut(weight.shape, 0, (len(weight),), index, layout.ep, group)
             local = torch.empty(cut.local_shape, dtype=weight.dtype, device=weight.device)
             setattr(module, name, nn.Parameter(local))
             cuts[f"{path}.{name}"] = cut
-        module.exchange = partial(with_other_ranks, group=group)
-        modules.append(module)
+        if held:
+            module.exchange = partial(with_other_ranks, group=group)
+            modules.append(module)
     copies = ("replicate", WITHIN) if layout.strategy == "hsdp" else (WITHIN,)
     divisor = layout.replicate * layout.shard * layout.cp
     return Scattered(cuts, tuple(modules), axes[copies], axes[WITHIN].size(), divisor)

@@ -13,7 +13,7 @@ from flows.initialise import Initialisable, rules_of
 from flows.models.division import Region
 from parallel.activation import Recompute, checkpoint_blocks
 from parallel.context import cut_sequences
-from parallel.expert import NOTHING, scatter_experts, widen_routers
+from parallel.expert import NOTHING, expert_mesh, scatter_experts, widen_routers
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
@@ -137,7 +137,9 @@ def lay_out(
     single = deepcopy(model) if layout.tp * layout.cp * layout.ep > 1 else None
 
     divided = share_work(model, mesh, layout)
-    experts = scatter_experts(model, mesh, layout) if layout.ep > 1 else NOTHING
+    experts = NOTHING
+    if layout.ep > 1:
+        experts = scatter_experts(model, expert_mesh(mesh, layout), layout)
     checkpoint_blocks(model, described.blocks, checkpoint_activations)
     if compile:
         for block in described.blocks:

@@ -80,10 +80,6 @@ def copies(recipe: Recipe) -> int:
 
 def check_pipeline(recipe: Recipe, layout: Layout, architecture: Architecture) -> None:
     """Raises UserError unless the model can be cut over the ranks of `pp`, as the schedule asks."""
-    if layout.ep > 1:
-        raise UserError(
-            f"parallel.pp = {layout.pp} and parallel.ep = {layout.ep} do not go together; set one to 1."
-        )
     for key, given in (
         ("train.compile", recipe.train.compile),
         ("parallel.offload", recipe.parallel.offload),

@@ -5,7 +5,8 @@ ranks of a pipeline have the same samples and draw the same noise; the first sta
 last stage's results are compared. Of the weights, those of links lie on one rank of the pipeline (on two
 where the schedule has two directions); those by which the condition is computed lie on all, and each rank
 has the part of their gradient that comes from its own stages. Over data ranks parameters are cut by FSDP,
-or are copies, whose gradients are averaged here; the work of a stage may be shared over `tp` and `cp`.
+or are copies, whose gradients are averaged here; the work of a stage may be shared over `tp` and `cp`, its
+experts over `ep`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ from parallel.activation import Recompute, checkpoint_blocks
 from parallel.clock import Clock
 from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
 from parallel.engines.native import NativeEngine
+from parallel.expert import NOTHING, Scattered, expert_mesh, scatter_experts
 from parallel.fsdp import shard_model
 from parallel.gradients import EPSILON, gradient_norm, sum_partial
 from parallel.initialise import fill_parameters
@@ -54,7 +56,7 @@ class Pipeline:
     told: names of those by which conditions are computed, which are on every rank
     counted: names of those whose gradients this rank counts in the norm, so that none is counted twice
     owners: single-device name -> the rank of the pipeline that gives the parameter to others
-    divided: how parameters are cut over `tp`
+    divided: how parameters are cut over `tp` and `ep`
     """
 
     single: nn.Module
@@ -283,20 +285,24 @@ def lay_pipeline(
     parts: dict[Held, Part] = {}
     cuts: dict[str, Cut] = {}
     partials: set[str] = set()
+    experts: dict[Held, Scattered] = {}
+    axes = expert_mesh(mesh, layout) if layout.ep > 1 else None
     for held in schedule.local(rank):
         copy = deepcopy(model)
         divided = share_work(copy, mesh, layout)
         cuts |= divided.cuts
         partials |= set(divided.partial)
         parts[held] = Part(copy, bounds[held[1]], bounds[held[1] + 1], context)
+        experts[held] = NOTHING if axes is None else scatter_experts(copy, axes, layout)
+        cuts |= experts[held].cuts
     first, *others = parts.values()
     for part in others:
         part.share(first)
     named = [(part, [name for name, _ in part.model.named_parameters()]) for part in parts.values()]
-    for part in parts.values():
+    for held, part in parts.items():
         checkpoint_blocks(part.model, part.blocks, checkpoint_activations)
         if layout.strategy in ("fsdp", "hsdp"):
-            _cut_over_data(part, mesh, layout, precision)
+            _cut_over_data(part, experts[held], mesh, layout, precision)
         part.model.to_empty(device=device)
     parameters: dict[str, nn.Parameter] = {}
     for part, names in named:
@@ -315,7 +321,9 @@ def lay_pipeline(
     return Pipeline(model, parts, parameters, told, counted, owners, divided)
 
 
-def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Precision) -> None:
+def _cut_over_data(
+    part: Part, experts: Scattered, mesh: DeviceMesh, layout: Layout, precision: Precision
+) -> None:
     """Blocks stay gathered between microbatches, which all need them."""
     shard_model(
         part,
@@ -324,8 +332,11 @@ def _cut_over_data(part: Part, mesh: DeviceMesh, layout: Layout, precision: Prec
         policy=gather_policy(precision),
         reshard_after_forward=False,
         offload=False,
+        apart=experts.modules,
+        apart_mesh=experts.mesh,
         uncut={weight for module in part.told.values() for weight in module.parameters()},
     )
+    experts.finish()
 
 
 def _share_buffers(model: nn.Module, other: nn.Module) -> None:

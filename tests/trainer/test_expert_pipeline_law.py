@@ -13,7 +13,7 @@ from parallel.pipeline.catalog import NAMES
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs
-from tests.trainer.test_expert_law import EXACT, hold, train_all, trained
+from tests.trainer.test_expert_law import EXACT, UNBOUND, hold, train_all, trained
 from tests.trainer.test_expert_law import recipe as mixture
 
 pytestmark = pytest.mark.timeout(900)
@@ -23,12 +23,13 @@ pytestmark = pytest.mark.timeout(900)
 DEEP = ["model.depth=6"]
 PP2 = ["parallel.pp=2", "train.microbatch=2", *DEEP]
 PP4 = ["parallel.pp=4", "train.microbatch=1", *DEEP]
-BITPIPE, ZBV = "parallel.schedule=bitpipe", "parallel.schedule=zbv"
+EP2, BITPIPE, ZBV = "parallel.ep=2", "parallel.schedule=bitpipe", "parallel.schedule=zbv"
 CHOOSE = ["model.chooser=experts", "model.bias_rate=0"]
 MOVED = "pp2 bitpipe after one rank"
 # ranks -> name: changes
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     2: {"pp2 zbv": [*PP2, ZBV], MOVED: [*PP2, BITPIPE]},
+    4: {"pp2 ep2 bitpipe": [*PP2, EP2, BITPIPE]},
 }
 MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
     2: {
@@ -40,8 +41,18 @@ MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
         "pp2 fsdp2": [*PP2, ZBV, "train.checkpoint_activations=1"],
         "pp2 ddp2": [*PP2, BITPIPE, "parallel.strategy=ddp"],
         "pp2 tp2": [*PP2, "parallel.tp=2"],
+        "pp2 ep2 1f1b": [*PP2, EP2],
+        "pp2 ep2 zbv": [*PP2, EP2, ZBV, "train.checkpoint_activations=1"],
+        "pp2 ep2 cp2 cut": [*PP2, EP2, "parallel.cp=2", *UNBOUND],
+    },
+    8: {
+        "pp2 ep2 fsdp2 bitpipe": [*PP2, EP2, BITPIPE, "train.microbatch=1"],
+        "pp2 ep2 hsdp 2x2": [*PP2, EP2, "parallel.strategy=hsdp", "train.microbatch=1"],
+        "pp2 ep2 tp2": [*PP2, EP2, "parallel.tp=2"],
     },
 }
+# A word of a layout's name: what else it changes, and the run of one rank that it is held against too.
+OTHERS = {"choose": CHOOSE, "cut": UNBOUND}
 
 
 def names(layouts: dict[int, dict[str, list[str]]]) -> list[str]:
@@ -67,13 +78,14 @@ def folder(one, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def more(tmp_path_factory) -> Path:
     made: Path = tmp_path_factory.mktemp("more")
-    runs.train_here(mixture(made / "one", [*DEEP, *CHOOSE]))
+    for word, changes in OTHERS.items():
+        runs.train_here(mixture(made / word, [*DEEP, *changes]))
     return trained(made, MORE_LAYOUTS)
 
 
 @pytest.mark.parametrize("name", names(LAYOUTS))
 def test_stages_with_experts_train_what_one_rank_trains(folder, one, name):
-    hold(folder / name, one, cut=False)
+    hold(folder / name, one, cut="ep" in name)
 
 
 def test_one_rank_goes_on_from_stages_with_experts(folder, one, tmp_path):
@@ -85,7 +97,9 @@ def test_one_rank_goes_on_from_stages_with_experts(folder, one, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names(MORE_LAYOUTS))
 def test_every_schedule_trains_what_one_rank_trains(more, one, name):
-    hold(more / name, more / "one" if "choose" in name else one, cut="tp" in name)
+    other = name.rpartition(" ")[2]
+    cut = any(word in ("tp2", "ep2") for word in name.split())
+    hold(more / name, more / other if other in OTHERS else one, cut=cut)
 
 
 def told_apart(ranks: Ranks, folder: str) -> int:

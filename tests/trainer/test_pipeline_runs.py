@@ -50,7 +50,11 @@ def test_a_run_of_one_rank_goes_on_in_stages_that_fsdp_cuts(tmp_path: Path) -> N
             3,
             "parallel.pp = 2 does not divide 3 ranks; it may be 1 or 3, or start 2 ranks",
         ),
-        (["parallel.pp=2", "parallel.ep=2"], 4, "parallel.pp = 2 and parallel.ep = 2 do not go"),
+        (
+            ["parallel.pp=2", "parallel.ep=2"],
+            4,
+            "parallel.ep = 2 divides experts, and a DiT has none",
+        ),
         (["parallel.pp=2", "train.compile=true"], 2, "train.compile = true does not go together"),
         (["parallel.pp=2", "train.microbatch=5"], 2, "train.microbatch = 5 does not divide the 16"),
         (["parallel.pp=2", "parallel.schedule=bitpipe"], 2, "= 1 is odd, and bitpipe runs in two"),
