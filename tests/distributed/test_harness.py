@@ -35,6 +35,28 @@ def vanish(ranks: Ranks) -> None:
     os._exit(7)
 
 
+def crash(ranks: Ranks, folder: str, times: int) -> int:
+    """Rank 1 aborts so many times, and rank 0 hears of it by a connection that breaks."""
+    runs = Path(folder, "runs")
+    dist.barrier()
+    if ranks.rank == 1:
+        before = int(runs.read_text()) if runs.exists() else 0
+        runs.write_text(str(before + 1))
+        if before < times:
+            os.abort()
+    dist.barrier()
+    return ranks.rank
+
+
+def test_ranks_that_crash_are_started_once_more_and_say_so(tmp_path):
+    with pytest.warns(UserWarning, match=r"rank 1 crashed \(-6\): its ranks were started once more"):
+        assert run_ranks(crash, 2, folder=str(tmp_path), times=1) == [0, 1]
+    (tmp_path / "runs").unlink()
+    with pytest.warns(UserWarning), pytest.raises(RankFailed, match="rank 1 crashed"):
+        run_ranks(crash, 2, folder=str(tmp_path), times=2)
+    assert (tmp_path / "runs").read_text() == "2"
+
+
 def test_results_come_in_rank_order():
     results = run_ranks(total, 2, offset=10)
     assert [result["rank"] for result in results] == [0, 1]
