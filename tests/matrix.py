@@ -14,7 +14,7 @@ from typing import Any
 from flows.errors import UserError
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
-from tests.trainer import families, runs
+from tests.trainer import families, runs, ties
 from tests.trainer import test_checkpoint_matrix as matrix_of_checkpoints
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
@@ -149,7 +149,17 @@ def matrix(layouts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, 
                 name: refused.get(key) or measure(place / key, one / key)
                 for name, key in zip(names, keys, strict=True)
             }
+            if "dit_moe" in keys and "dit_moe" not in refused:
+                say_ties(layout, place / "dit_moe", one / "dit_moe")
     return found
+
+
+def say_ties(layout: str, folder: Path, reference: Path) -> None:
+    """A layout whose choices of experts were turned by rounding is past its gate, and it is said why."""
+    try:
+        ties.check(folder, reference, GATE)
+    except ties.RoutingTie as tie:
+        print(f"DiT-MoE under {layout}: {tie}", file=sys.stderr, flush=True)
 
 
 def page(found: dict[str, dict[str, Cell]], names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from flows.errors import UserError
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
-from tests.trainer import families, runs
+from tests.trainer import families, runs, ties
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
 
@@ -97,6 +97,7 @@ def routing(folder: Path) -> list[dict]:
 
 def hold(ours: Path, theirs: Path, *, cut: bool = True) -> None:
     """The law, for what was trained and for what was drawn."""
+    ties.check(ours, theirs, EXACT)
     errors = {}
     for key in ("loss", "grad_norm"):
         errors[key] = runs.relative(runs.series(ours, key), runs.series(theirs, key))

@@ -11,7 +11,7 @@ import torch
 
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
-from tests.trainer import families, runs
+from tests.trainer import families, runs, ties
 from trainer.assembly import plan
 
 pytestmark = pytest.mark.timeout(600)
@@ -56,6 +56,8 @@ def trained(tmp_path_factory) -> Callable[[str], Path]:
 def test_every_layout_trains_what_one_rank_trains(trained, name, layout):
     folder, one = trained(layout) / name, trained("one") / name
     assert LAYOUTS[layout][2] in runs.manifests(folder)[families.STEPS].layout
+    if name == "dit_moe":
+        ties.check(folder, one, EXACT)
     errors = {}
     for key in ("loss", "grad_norm"):
         ours, theirs = runs.series(folder, key), runs.series(one, key)
