@@ -152,7 +152,7 @@ class DiTMoE(nn.Module):
         """Its forward, cut between blocks. The condition is computed from t and label.
 
         With the tokens travel a record (batch, depth, experts + 4) of what routers did so far, their
-        penalties in its last column, and the state of recurrent routers.
+        penalties in its last column, and, from the first block on, the state of recurrent routers.
         """
         config = self.config
 
@@ -166,12 +166,8 @@ class DiTMoE(nn.Module):
 
         def begin(stream: Stream, _: Told) -> Stream:
             tokens = self._tokens(stream[0])
-            batch, count, _width = tokens.shape
-            record = tokens.new_zeros(batch, config.depth, config.experts + 4, dtype=torch.float32)
-            if not config.recurrent:
-                return tokens, record
-            state = tokens.new_zeros(batch, count, config.recurrent, dtype=torch.float32)
-            return tokens, record, state
+            shape = len(tokens), config.depth, config.experts + 4
+            return tokens, tokens.new_zeros(shape, dtype=torch.float32)
 
         def apply(number: int, stream: Stream, told: Told) -> Stream:
             tokens, record, *states = stream

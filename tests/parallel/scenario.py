@@ -5,10 +5,10 @@ four ranks hold unequal pieces and some ranks hold nothing.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flows.batch import Batch
 from flows.initialise import initialise
+from flows.models.chain import Chained
 from flows.models.dit import DiT, DiTConfig
 from flows.objectives.flow_matching import FlowMatching
 from flows.paths import path_named
@@ -23,12 +24,14 @@ from flows.randomness import Draw
 from flows.times import TimeDistribution
 from parallel.activation import Recompute
 from parallel.clock import Clock
-from parallel.engines import accelerate, deepspeed, deepspeed_config, native
+from parallel.engines import accelerate, deepspeed, deepspeed_config, native, pipelined
 from parallel.engines.deepspeed import DeepSpeedEngine
-from parallel.engines.engine import Engine
+from parallel.engines.engine import Engine, StepResult
 from parallel.engines.native import NativeEngine
+from parallel.engines.pipelined import PipelinedEngine
 from parallel.mesh import Layout, build_mesh
 from parallel.pieces import FlatPiece, Held, whole_tensor
+from parallel.pipeline.catalog import Words, make_schedule
 
 SEED = 11
 GLOBAL_BATCH = 8
@@ -39,6 +42,7 @@ CONFIG = DiTConfig(
     image_size=9, channels=1, classes=5, patch=3, width=20, depth=3, heads=2, learn_sigma=False
 )
 CPU = torch.device("cpu")
+Network = Callable[[], nn.Module]  # on the meta device
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,15 @@ def plain_loop(steps: int = STEPS) -> Curve:
     return Curve(torch.stack(losses), torch.stack(norms), weights)
 
 
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return DiT(CONFIG)
+
+
 def build(
     layout: Layout,
     *,
+    network: Network = on_meta,
     precision: Any = "fp32",
     checkpoint_activations: int = 0,
     compile: bool = False,
@@ -127,7 +137,7 @@ def build(
     offload: bool = False,
 ) -> NativeEngine:
     return native.build(
-        _on_meta(),
+        network(),
         layout,
         build_mesh(layout, CPU),
         device=CPU,
@@ -142,9 +152,33 @@ def build(
     )
 
 
+def build_staged(
+    layout: Layout, schedule: str, microbatch: int, *, network: Network = on_meta
+) -> PipelinedEngine:
+    """The layers over ranks, as if all had as much to do."""
+    number = GLOBAL_BATCH // layout.data_size // microbatch
+    model = network()
+    return pipelined.build(
+        model,
+        layout,
+        build_mesh(layout, CPU),
+        make_schedule(
+            schedule, layout.pp, number, None, Words("schedule", "pp", "batch", "chunks")
+        ),
+        [1.0] * len(cast(Chained, model).chain().links),
+        device=CPU,
+        seed=SEED,
+        precision="fp32",
+        checkpoint_activations=Recompute(0),
+        optimizer=adamw,
+        clock=Clock(CPU),
+    )
+
+
 def build_zero(
     stage: Any,
     *,
+    network: Network = on_meta,
     precision: Any = "fp32",
     checkpoint_activations: int = 0,
     microbatch: int = GLOBAL_BATCH,
@@ -153,7 +187,7 @@ def build_zero(
 ) -> DeepSpeedEngine:
     """DeepSpeed on all ranks, each with its share of the batch in microbatches."""
     return deepspeed.build(
-        _on_meta(),
+        network(),
         zero_config(stage, precision, microbatch, offload, json or {}),
         device=CPU,
         seed=SEED,
@@ -186,6 +220,7 @@ def zero_config(
 def build_accelerated(
     kind: Any,
     *,
+    network: Network = on_meta,
     checkpoint_activations: int = 0,
     reshard_after_forward: bool = True,
     environment: dict[str, str] | None = None,
@@ -201,7 +236,7 @@ def build_accelerated(
         del os.environ[name]
     os.environ.update(environment or {})
     return accelerate.build(
-        _on_meta(),
+        network(),
         kind,
         zero_config(2, "fp32", GLOBAL_BATCH, False, {}) if kind == "deepspeed" else None,
         device=CPU,
@@ -215,16 +250,16 @@ def build_accelerated(
     )
 
 
-def _on_meta() -> DiT:
-    with torch.device("meta"):
-        return DiT(CONFIG)
+def forward_backward(engine: Engine, step: int, microbatch: int = GLOBAL_BATCH) -> StepResult:
+    """What this rank saw; the gradients are left in place."""
+    mine = share(global_batch(step), engine.data_rank, engine.data_size).to(engine.device)
+    parts = list(mine.split(microbatch))
+    return engine.forward_backward(parts, objective(), SEED, step, GLOBAL_BATCH)
 
 
 def backward(engine: Engine, step: int, microbatch: int = GLOBAL_BATCH) -> Tensor:
     """() loss over all ranks; the gradients are left in place."""
-    mine = share(global_batch(step), engine.data_rank, engine.data_size).to(engine.device)
-    parts = list(mine.split(microbatch))
-    result = engine.forward_backward(parts, objective(), SEED, step, GLOBAL_BATCH)
+    result = forward_backward(engine, step, microbatch)
     return engine.sum_over_data(result.loss.sum()) / GLOBAL_BATCH
 
 

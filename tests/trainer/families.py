@@ -20,7 +20,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "dit_moe": {
         "model": {
-            "family": "dit_moe", "patch": 4, "width": 32, "depth": 2, "heads": 2, "experts": 6,
+            "family": "dit_moe", "patch": 4, "width": 32, "depth": 2, "heads": 2, "experts": 8,
             "expert_hidden": 32, "bias_rate": 0.001, "z_weight": 0.001, "recurrent": 8,
             "mask_outputs": 0.2,
         },

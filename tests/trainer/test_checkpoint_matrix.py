@@ -2,7 +2,8 @@
 
 Two processes build every two-rank layout in turn; the process of the test is the layout of one rank.
 A run is saved in its middle under one layout and goes on under another, and must end as the run of
-one device that was never stopped: losses, weights, both moments and counts of Adam, both averages.
+one device that was never stopped: losses, weights, both moments and counts of Adam, both averages, what
+routers of experts carry.
 """
 
 import importlib.util
@@ -13,18 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from flows.models.dit_moe import DiTMoE
+from flows.models.dit_moe_config import DiTMoEConfig
+from flows.models.family import persistent_buffers
 from parallel import processes
 from parallel.engines.engine import Engine
+from parallel.engines.pipelined import PipelinedEngine
 from parallel.mesh import resolve_layout
 from parallel.pieces import FlatPiece
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.parallel import scenario
-from trainer.checkpoints.manifest import read_manifest
+from trainer.checkpoints.manifest import TensorEntry, read_manifest
 from trainer.checkpoints.store import load, save
 from trainer.ema import Ema
+from trainer.routing import rebalance_routers, sum_routing
 
 pytestmark = [
     pytest.mark.skipif(
@@ -35,23 +42,53 @@ pytestmark = [
 ]
 
 EXACT = 1e-5
-MIDDLE, END = 10, 20
+MIDDLE, END = 6, 12
 DECAYS = [0.5, 0.9]
+# Awkward sizes, as in `scenario.CONFIG`, and everything that routers carry.
+CONFIG = DiTMoEConfig(
+    image_size=9, channels=1, classes=5, patch=3, width=24, depth=2, heads=2, experts=4,
+    expert_hidden=16, shared_hidden=16, capacity=1.0, z_weight=0.001, bias_rate=0.001, recurrent=8,
+)  # fmt: skip
 # Small parameters are cut as well.
 CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-TWO = {
-    "ddp x2": lambda: scenario.build(resolve_layout("ddp", None, None, 2)),
-    "fsdp x2": lambda: scenario.build(resolve_layout("fsdp", None, None, 2)),
-    "tp x2": lambda: scenario.build(resolve_layout(None, None, None, 2, tp=2)),
-    "zero-1 x2": lambda: scenario.build_zero(1),
-    "zero-2 x2": lambda: scenario.build_zero(2),
-    "zero-3 x2": lambda: scenario.build_zero(3, json=CUT),
-    "accelerate fsdp x2": lambda: scenario.build_accelerated("fsdp"),
+MICROBATCH = 2  # of pipelines
+
+
+def network() -> nn.Module:
+    with torch.device("meta"):
+        return DiTMoE(CONFIG)
+
+
+def plain(ranks: int, strategy: Any = None, **axes: int) -> Engine:
+    return scenario.build(resolve_layout(strategy, None, None, ranks, **axes), network=network)
+
+
+def staged(ranks: int, schedule: str) -> Engine:
+    layout = resolve_layout(None, None, None, ranks, pp=2)
+    return scenario.build_staged(layout, schedule, MICROBATCH, network=network)
+
+
+def zero(stage: int, json: dict[str, Any] | None = None) -> Engine:
+    return scenario.build_zero(stage, json=json, network=network)
+
+
+TWO: dict[str, Callable[[], Engine]] = {
+    "ddp x2": lambda: plain(2, "ddp"),
+    "fsdp x2": lambda: plain(2, "fsdp"),
+    "tp x2": lambda: plain(2, tp=2),
+    "ep x2": lambda: plain(2, ep=2),
+    "pp x2": lambda: staged(2, "bitpipe"),
+    "zero-1 x2": lambda: zero(1),
+    "zero-2 x2": lambda: zero(2),
+    "zero-3 x2": lambda: zero(3, CUT),
+    "accelerate fsdp x2": lambda: scenario.build_accelerated("fsdp", network=network),
 }
-FOUR = {
-    "fsdp x4": lambda: scenario.build(resolve_layout("fsdp", None, None, 4)),
-    "hsdp 2x2": lambda: scenario.build(resolve_layout("hsdp", 2, 2, 4)),
-    "tp 2 x fsdp 2": lambda: scenario.build(resolve_layout("fsdp", None, None, 4, tp=2)),
+FOUR: dict[str, Callable[[], Engine]] = {
+    "fsdp x4": lambda: plain(4, "fsdp"),
+    "hsdp 2x2": lambda: plain(4, "hsdp"),
+    "tp 2 x fsdp 2": lambda: plain(4, "fsdp", tp=2),
+    "ep 2 x fsdp 2": lambda: plain(4, ep=2),
+    "pp 2 x fsdp 2": lambda: staged(4, "1f1b"),
 }
 OF: dict[int, dict[str, Callable[[], Engine]]] = {1: {"1": lambda: alone_engine()}, 2: TWO, 4: FOUR}
 ALL = [name for layouts in OF.values() for name in layouts]
@@ -68,6 +105,10 @@ FAST = {
     ("accelerate fsdp x2", "zero-2 x2"),
     ("zero-2 x2", "tp x2"),
     ("tp x2", "ddp x2"),
+    ("ep x2", "pp 2 x fsdp 2"),
+    ("pp x2", "ep 2 x fsdp 2"),
+    ("tp x2", "ep x2"),
+    ("ep x2", "pp x2"),
 }
 
 
@@ -79,17 +120,24 @@ class Run:
 
     def train(self, first: int, last: int) -> Tensor:
         """(last - first,) losses"""
-        losses = []
+        engine, losses, skip = self.engine, [], torch.zeros(())
+        staged = isinstance(engine, PipelinedEngine)
+        microbatch = MICROBATCH if staged else scenario.GLOBAL_BATCH
         for step in range(first, last):
-            losses.append(scenario.backward(self.engine, step))
-            self.engine.clip_gradients(scenario.MAX_NORM)
-            skip = torch.zeros(())
-            self.engine.step(scenario.LEARNING_RATE, skip)
+            result = scenario.forward_backward(engine, step, microbatch)
+            losses.append(engine.sum_over_data(result.loss.sum()) / scenario.GLOBAL_BATCH)
+            engine.clip_gradients(scenario.MAX_NORM)
+            engine.step(scenario.LEARNING_RATE, skip)
+            routing = sum_routing(result, engine.sum_over_data)
+            assert routing is not None
+            rebalance_routers(engine, routing, skip)
             self.ema.update(self.engine.parameters(), skip, step)
         return torch.stack(losses)
 
     def tensors(self) -> dict[str, Any]:
+        buffers = persistent_buffers(self.engine.outline())
         return {
+            **{f"buffer.{name}": value for name, value in buffers.items()},
             **{f"model.{name}": held.detach() for name, held in self.engine.parameters().items()},
             **{f"optimizer.{n}": held for n, held in self.engine.optimizer_tensors().items()},
             **{f"ema.{name}": held for name, held in self.ema.tensors().items()},
@@ -104,7 +152,11 @@ class Run:
 
     def ends(self) -> dict[str, Any]:
         """From the middle to the end: losses, and everything that is held then."""
-        return {"losses": self.train(MIDDLE, END), "held": scenario.whole(self.tensors())}
+        losses, held = self.train(MIDDLE, END), scenario.whole(self.tensors())
+        # Ranks of a pipeline hold different names.
+        everywhere: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, held)
+        return {"losses": losses, "held": {n: t for part in everywhere for n, t in part.items()}}
 
 
 def at(folder: Path) -> Path:
@@ -112,7 +164,7 @@ def at(folder: Path) -> Path:
 
 
 def alone_engine() -> Engine:
-    return scenario.build(resolve_layout("none", None, None, 1))
+    return plain(1)
 
 
 def alone() -> Run:
@@ -156,7 +208,7 @@ def save_and_go_on(ranks: Ranks, folder: Path, pairs: set[tuple[str, str]]) -> d
 
 def forgetful(folder: Path) -> dict[str, Any]:
     """How a run ends that goes on without Adam's moments."""
-    run = Run(scenario.build_zero(2)).load(folder / "1")
+    run = Run(zero(2)).load(folder / "1")
     for name, held in run.engine.optimizer_tensors().items():
         if isinstance(held, FlatPiece):
             held.local.zero_()
@@ -196,11 +248,11 @@ def hold(ended: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 def differences(ended: dict[str, Any], whole: dict[str, Any]) -> dict[str, float]:
-    """Relative differences of losses, weights, averages, moments and counts."""
+    """Relative differences of losses, weights, what routers carry, averages, moments and counts."""
     ours, theirs = ended["held"], whole["held"]
     assert ours.keys() == theirs.keys()
     errors = {"losses": scenario.relative(ended["losses"], whole["losses"])}
-    for part in ("model.", *(f"ema.{decay}." for decay in DECAYS)):
+    for part in ("model.", "buffer.", *(f"ema.{decay}." for decay in DECAYS)):
         errors[part] = distance(ours, theirs, part, "")
     for slot in (".exp_avg", ".exp_avg_sq", ".step"):
         errors[slot] = distance(ours, theirs, "optimizer.", slot)
@@ -247,17 +299,25 @@ def test_checkpoints_were_cut_as_their_engines_cut(never_stopped, fast):
     assert layouts["ddp x2"] == "2 ranks"
     assert layouts["fsdp x2"].startswith("2 ranks, mesh ")
     assert layouts["tp x2"] == "2 ranks, slices 2"
+    assert layouts["pp x2"] == "2 ranks"
     assert layouts["accelerate fsdp x2"].startswith("2 ranks, mesh ")
     assert all(layouts[f"zero-{stage} x2"] == "2 ranks, cut flat" for stage in (1, 2, 3))
     entries = {name: manifest.tensors for name, manifest in written.items()}
     assert all(entries[name].keys() == entries["1"].keys() for name in ALL)
-    moment = "optimizer.blocks.1.attention.qkv.weight.exp_avg"
-    boxes = {name: len(entries[name][moment].chunks) for name in written}
-    assert boxes["1"] == boxes["ddp x2"] == 1
+    boxes = boxes_of(entries, "optimizer.blocks.1.attention.qkv.weight.exp_avg")
+    assert boxes["1"] == boxes["ddp x2"] == boxes["pp x2"] == 1
     assert boxes["tp x2"] == 6  # two shares each of queries, keys and values
-    assert boxes["zero-3 x2"] == boxes["fsdp x2"] == boxes["hsdp 2x2"] == 2
-    assert boxes["fsdp x4"] == 4
+    assert boxes["zero-3 x2"] == boxes["fsdp x2"] == boxes["hsdp 2x2"] == boxes["ep x2"] == 2
+    assert boxes["fsdp x4"] == boxes["ep 2 x fsdp 2"] == 4
     assert boxes["tp 2 x fsdp 2"] >= 6
+    assert boxes["pp 2 x fsdp 2"] == 2
+    boxes = boxes_of(entries, "optimizer.blocks.1.mixture.experts.up.exp_avg")
+    assert boxes["ep x2"] == boxes["pp 2 x fsdp 2"] == 2
+    assert boxes["ep 2 x fsdp 2"] == 4
+
+
+def boxes_of(entries: dict[str, dict[str, TensorEntry]], name: str) -> dict[str, int]:
+    return {layout: len(held[name].chunks) for layout, held in entries.items()}
 
 
 def whole_matrix(folder: Path, whole: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:

@@ -4,6 +4,8 @@ What routers carry from step to step is moved by the load of the whole batch, wh
 layer; what they hand from layer to layer travels with the tokens.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,10 +57,6 @@ MORE_LAYOUTS: dict[int, dict[str, list[str]]] = {
 OTHERS = {"choose": CHOOSE, "cut": UNBOUND}
 
 
-def names(layouts: dict[int, dict[str, list[str]]]) -> list[str]:
-    return [name for some in layouts.values() for name in some]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """The run of one rank."""
@@ -76,14 +74,22 @@ def folder(one, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def more(tmp_path_factory) -> Path:
-    made: Path = tmp_path_factory.mktemp("more")
-    for word, changes in OTHERS.items():
-        runs.train_here(mixture(made / word, [*DEEP, *changes]))
-    return trained(made, MORE_LAYOUTS)
+def more(tmp_path_factory) -> Callable[[int], Path]:
+    """Ranks -> the folder of the runs of so many."""
+
+    @cache
+    def made(ranks: int) -> Path:
+        folder: Path = tmp_path_factory.mktemp("more")
+        if ranks > 1:
+            return trained(folder, {ranks: MORE_LAYOUTS[ranks]})
+        for word, changes in OTHERS.items():
+            runs.train_here(mixture(folder / word, [*DEEP, *changes]))
+        return folder
+
+    return made
 
 
-@pytest.mark.parametrize("name", names(LAYOUTS))
+@pytest.mark.parametrize("name", [name for some in LAYOUTS.values() for name in some])
 def test_stages_with_experts_train_what_one_rank_trains(folder, one, name):
     hold(folder / name, one, cut="ep" in name)
 
@@ -95,11 +101,13 @@ def test_one_rank_goes_on_from_stages_with_experts(folder, one, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names(MORE_LAYOUTS))
-def test_every_schedule_trains_what_one_rank_trains(more, one, name):
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(ranks, name) for ranks, some in MORE_LAYOUTS.items() for name in some]
+)
+def test_every_schedule_trains_what_one_rank_trains(more, one, ranks, name):
     other = name.rpartition(" ")[2]
     cut = any(word in ("tp2", "ep2") for word in name.split())
-    hold(more / name, more / other if other in OTHERS else one, cut=cut)
+    hold(more(ranks) / name, more(1) / other if other in OTHERS else one, cut=cut)
 
 
 def told_apart(ranks: Ranks, folder: str) -> int:

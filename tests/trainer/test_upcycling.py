@@ -86,7 +86,7 @@ def test_one_expert_becomes_many() -> None:
         ("dit", ["model.experts=4", "model.expert_hidden=64"], r"model\.expert_hidden = 64 is not"),
         ("lightningdit", ["model.experts=4"], r"model\.norm = rms is no option of the blocks"),
         ("tarflow", ["model.experts=4"], r"family tarflow, and mixtures are made of dit"),
-        ("dit_moe", ["model.experts=4"], r"model\.experts = 6: only a dense network"),
+        ("dit_moe", ["model.experts=4"], r"model\.experts = 8: only a dense network"),
     ],
 )
 def test_what_cannot_be_made_is_refused(name, changes, sentence, tmp_path) -> None:

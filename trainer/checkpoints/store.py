@@ -63,9 +63,9 @@ def save(
 ) -> Path:
     """Commit `tensors` and `state` as the checkpoint of `step`, keep the newest `keep`; its path.
 
-    Every rank gives the same names with plain tensors (replicas, equal on all ranks), DTensors,
-    `Slice`s or `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's `state` is
-    the one kept.
+    Every rank gives what it holds by name: plain tensors (replicas, equal on all ranks that have the name),
+    DTensors, `Slice`s or `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's
+    `state` is the one kept.
     UserError on every rank, with the folder as it was, where one rank cannot write.
     """
     if keep < 1:
