@@ -23,12 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/flowmill demo
 
-# What was skipped, and why, is printed at the end (-ra).
+# What was skipped, and why, is printed at the end (-ra). Two files run at a time; what measures time, alone.
+TWICE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(TWICE) -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "not slow and alone"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(TWICE) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 # docs/layouts.md: every family under every layout; minutes.
 matrix: install

@@ -9,7 +9,7 @@ import torch
 from flows.errors import UserError
 from flows.models.family import Architecture
 from parallel.clock import Clock
-from parallel.engines import accelerate, deepspeed, deepspeed_config, native, pipelined
+from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed_config import Json, Stage
 from parallel.engines.engine import Engine, OptimizerFactory
 from parallel.mesh import Layout, build_mesh, resolve_layout
@@ -154,6 +154,9 @@ def build_engine(
         )
     mesh = build_mesh(placement.layout, ranks.device)
     if placement.layout.pp > 1:
+        # See parallel/pipeline/torch_schedules.py: what it imports takes long.
+        from parallel.engines import pipelined
+
         return pipelined.build(
             network,
             placement.layout,

@@ -1,27 +1,23 @@
 """The schedules of torch.distributed.pipelining, read from its own schedule objects."""
 
+from importlib import import_module
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.distributed.pipelining import (
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleLoopedBFS,
-    ScheduleZBVZeroBubble,
-)
 
 from parallel.pipeline.schedule import Action, Schedule, Work
 
-SINGLE = {"gpipe": ScheduleGPipe}
+# By name, and imported when one is asked for: with them comes PyTorch's compiler, a good part of the time in
+# which a run without pipelines starts.
+MODULE = "torch.distributed.pipelining"
+SINGLE = {"gpipe": "ScheduleGPipe"}
 LOOPED = {
-    "interleaved1f1b": ScheduleInterleaved1F1B,
-    "looped_bfs": ScheduleLoopedBFS,
-    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "interleaved1f1b": "ScheduleInterleaved1F1B",
+    "looped_bfs": "ScheduleLoopedBFS",
+    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
 }
-V_SHAPED = {"zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
+V_SHAPED = {"zbv": "ScheduleZBVZeroBubble", "dualpipev": "ScheduleDualPipeV"}
 
 
 def torch_schedule(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
@@ -32,7 +28,7 @@ def torch_schedule(name: str, ranks: int, microbatches: int, chunks: int) -> Sch
     stages = ranks * chunks
     down = tuple(range(ranks))
     places = (down + down[::-1]) if name in V_SHAPED else down * chunks
-    kind = cast(Any, {**SINGLE, **LOOPED, **V_SHAPED}[name])
+    kind: Any = getattr(import_module(MODULE), {**SINGLE, **LOOPED, **V_SHAPED}[name])
     held = [_bare_stage(stage, ranks, stages) for stage in range(chunks)]
     order = kind(held[0] if name in SINGLE else held, microbatches).pipeline_order
     actions = tuple(tuple(_actions(order[rank])) for rank in range(ranks))

@@ -17,6 +17,7 @@ def _own_index_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.alone
 def test_steps_shorter_than_decoding_wait_and_longer_ones_do_not() -> None:
     busy = beside_a_device(Setting(batch=32, workers=1), step=0.0, steps=6, warm_up=1)
     idle = beside_a_device(Setting(batch=1, workers=1), step=0.2, steps=3, warm_up=1)

@@ -21,6 +21,7 @@ def measured(**asked: Any) -> list[Row]:
     return [Row(**row) for row in first]
 
 
+@pytest.mark.alone
 def test_waits_are_those_predicted_and_bitpipe_waits_less() -> None:
     found = measured(names=["interleaved1f1b", "bitpipe"], microbatches=[4], seconds=0.08, rounds=2)
     assert [(row.name, row.microbatches) for row in found] == [

@@ -209,6 +209,7 @@ def test_prefetching_is_ahead_bounded_and_measured(shards):
     batches.close()
 
 
+@pytest.mark.alone
 def test_reading_goes_on_while_a_batch_is_decoded(shards):
     """Two things that take 50 ms a batch take 50 ms together, not 100."""
     batches = loader(shards([50]), prefetch=2)

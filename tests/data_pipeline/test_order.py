@@ -4,6 +4,7 @@ import time
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +117,7 @@ def test_permutations_are_uniform():
                 assert np.abs(pair - expected).max() < 6 * np.sqrt(expected)
 
 
+@pytest.mark.alone
 def test_a_late_position_costs_what_an_early_one_does():
     order = Order([1000] * 100, seed=0, lanes=64, window=256)
 

@@ -10,6 +10,8 @@ from data_pipeline.indexes import update_catalogs
 from tests.data_pipeline.conftest import sample, write_tar
 from tests.data_pipeline.test_loader import loader, numbers, stream_of
 
+pytestmark = pytest.mark.alone
+
 SAMPLES, SHARDS = 100_000, 40
 EARLY, LATE = 100, 90_000
 

@@ -262,6 +262,7 @@ def test_operations_of_the_transform_are_rounded_exactly():
     assert np.array_equal(words.to(torch.float32).numpy(), words.numpy().astype(np.float32))
 
 
+@pytest.mark.alone
 def test_fast_enough_for_the_training_step():
     """128 x 784 normal numbers take about 2 ms on one core; ten times that would be felt."""
     d = draw(samples=range(128))

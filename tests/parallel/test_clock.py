@@ -36,6 +36,7 @@ def test_a_phase_that_raises_is_counted():
     assert clock.take()["forward"] >= 0.01
 
 
+@pytest.mark.alone
 def test_a_phase_costs_less_than_a_fiftieth_of_a_millisecond():
     clock = Clock(CPU)
     rounds = []

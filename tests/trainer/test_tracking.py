@@ -234,6 +234,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.mark.alone
 def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -292,6 +293,7 @@ def test_a_server_killed_and_restarted_gets_everything_once(server: Server, tmp_
     ]
 
 
+@pytest.mark.alone
 def test_a_store_that_does_not_exist_costs_one_warning_and_no_time(tmp_path: Path) -> None:
     warnings: list[str] = []
     tracker = _start(tmp_path, "http://me:hush@127.0.0.1:9", warnings)
