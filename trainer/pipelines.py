@@ -31,7 +31,7 @@ def chain_of(model: nn.Module, family: str) -> Chain:
     if not hasattr(model, "chain"):
         raise UserError(
             f"model.family = {family} is not cut into stages; use parallel.pp=1, or the family dit, "
-            "dit_moe, starflow or tarflow."
+            "dit_moe, mmdit, starflow or tarflow."
         )
     return cast(Chained, model).chain()
 

@@ -14,6 +14,9 @@ It is cut by data: `blocks` are all double blocks, then all single blocks, and e
 `block(tokens, condition, turn, mask)` on [text | image] tokens.
 """
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from flows.errors import UserError
 from flows.initialise import Rule
 from flows.models.adaln import adaln_zero, told_time
+from flows.models.chain import Chain, Link, Stream, Told
 from flows.models.dit import Final
 from flows.models.division import Region
 from flows.models.embeddings import (
@@ -110,17 +114,61 @@ class MMDiT(nn.Module):
         returns (batch, channels, image_size, image_size)
         Raises UserError for a network that needs a text or a vector and is given none.
         """
-        config = self.config
         text = self._text(text)
         condition = self._condition(t, label, text, vector, guidance)
-        words = self.words(text.to(self.words.weight.dtype))
-        tokens = self.patches(patchify(x, config.patch).to(self.patches.weight.dtype))
-        if self.position is not None:
-            tokens = tokens + self.position.to(tokens.dtype)
-        tokens = torch.cat((words, tokens), dim=1)
-        mask = self._mask(text) if config.mask_text else None
+        tokens, mask = self._tokens(x, text), self._mask(text)
         for block in self.blocks:
             tokens = block(tokens, condition, self.turn, mask)
+        return self._prediction(tokens, condition)
+
+    def chain(self) -> Chain:
+        """Its forward, cut between blocks; the condition is computed from all inputs but the image."""
+
+        def tell(inputs: Mapping[str, Tensor], _: int) -> Told:
+            text = self._text(inputs.get("text"))
+            others = (inputs.get(name) for name in ("vector", "guidance"))
+            condition = self._condition(inputs["t"], inputs.get("label"), text, *others)
+            return {"condition": condition, "text": text, "mask": self._mask(text)}
+
+        def apply(number: int, stream: Stream, told: Told) -> Stream:
+            block = self.blocks[number]
+            return (block(stream[0], told["condition"], self.turn, told["mask"]),)
+
+        blocks = [
+            Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))
+            for number in range(len(self.blocks))
+        ]
+        return Chain(
+            links=(
+                Link(
+                    "patches",
+                    ("patches.", "words."),
+                    lambda s, told: (self._tokens(s[0], told["text"]),),
+                ),
+                *blocks,
+                Link(
+                    "final",
+                    ("final.",),
+                    lambda s, told: (self._prediction(s[0], told["condition"]),),
+                ),
+            ),
+            tell=tell,
+            tells=EMBEDDINGS,
+            end=lambda stream: stream[0],
+            borders=tuple(range(len(blocks) + 2)),
+        )
+
+    def _tokens(self, x: Tensor, text: Tensor) -> Tensor:
+        """(batch, text + image tokens, width), places added."""
+        words = self.words(text.to(self.words.weight.dtype))
+        tokens = self.patches(patchify(x, self.config.patch).to(self.patches.weight.dtype))
+        if self.position is not None:
+            tokens = tokens + self.position.to(tokens.dtype)
+        return torch.cat((words, tokens), dim=1)
+
+    def _prediction(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """[text | image] tokens -> (batch, channels, image_size, image_size)."""
+        config = self.config
         features = self.final(tokens[:, config.text_tokens :], condition)
         return unpatchify(features, config.patch, config.image_size)
 
@@ -136,8 +184,10 @@ class MMDiT(nn.Module):
             )
         return text
 
-    def _mask(self, text: Tensor) -> Tensor:
-        """(batch, 1, 1, tokens) bool, false for padding of the text."""
+    def _mask(self, text: Tensor) -> Tensor | None:
+        """(batch, 1, 1, tokens) bool, false for padding of the text; None where that is seen, too."""
+        if not self.config.mask_text:
+            return None
         seen = F.pad(text.any(-1), (0, self.config.tokens), value=True)
         return seen[:, None, None]
 

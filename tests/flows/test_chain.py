@@ -10,6 +10,8 @@ from flows.errors import UserError
 from flows.initialise import Initialisable, initialise
 from flows.models.chain import Chained
 from flows.models.dit import DiT, DiTConfig
+from flows.models.mmdit import MMDiT
+from flows.models.mmdit_config import MMDiTConfig
 from flows.models.starflow import STARFlow, STARFlowConfig
 from flows.models.tarflow import TarFlow, TarFlowConfig
 
@@ -22,6 +24,10 @@ DIT = {
     "depth": 2,
     "heads": 2,
 }
+TEXT = {
+    "image_size": 8, "channels": 2, "classes": 3, "text_width": 8, "text_tokens": 4, "patch": 2, "width": 16,
+    "double_depth": 2, "single_depth": 1, "heads": 2, "pool_text": True,
+}  # fmt: skip
 FLOW = {"image_size": 4, "channels": 1, "classes": 3, "patch": 2, "width": 16, "head_width": 16}
 
 
@@ -30,6 +36,8 @@ def models() -> dict[str, nn.Module]:
     return {
         "dit": DiT(DiTConfig(**DIT, learn_sigma=True)),  # type: ignore[arg-type]
         "rotary": DiT(DiTConfig(**DIT, learn_sigma=False, rope=True, norm_placement="peri")),  # type: ignore[arg-type]
+        "mmdit": MMDiT(MMDiTConfig(**TEXT)),  # type: ignore[arg-type]
+        "words alone": MMDiT(MMDiTConfig(**TEXT | {"single_depth": 0, "mask_text": True})),  # type: ignore[arg-type]
         "starflow": STARFlow(starflow),
         "tarflow": TarFlow(TarFlowConfig(**FLOW, flow_blocks=2, layers=2)),  # type: ignore[arg-type]
     }
@@ -40,7 +48,12 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     size = (4, config.channels, config.image_size, config.image_size)
     found = {"x": torch.randn(size, generator=generator), "label": torch.tensor([0, 1, 2, 3])}
-    return found | ({"t": torch.rand(4, generator=generator)} if isinstance(model, DiT) else {})
+    if isinstance(model, DiT | MMDiT):
+        found["t"] = torch.rand(4, generator=generator)
+    if isinstance(model, MMDiT):
+        found["text"] = torch.randn(4, config.text_tokens, config.text_width, generator=generator)
+        found["text"][0, 2:] = 0.0  # padding
+    return found
 
 
 def leaves(output: Any) -> list[Tensor]:

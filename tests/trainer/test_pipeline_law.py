@@ -42,6 +42,7 @@ OWN: dict[str, dict[str, Any]] = {
         "objective": {"power": 1e-2},
     },
     "tarflow": families.TINY["tarflow"],
+    "mmdit": families.TINY["mmdit"],
 }  # fmt: skip
 Case = tuple[str, str, dict[str, Any]]
 # Ranks -> (model, schedule, how the model lies over ranks with the same stages).
@@ -51,6 +52,7 @@ QUICK: dict[int, list[Case]] = {
         ("dit", "bitpipe", {}),
         ("starflow", "bitpipe", {}),
         ("tarflow", "zbv", {}),
+        ("mmdit", "zbv", {}),
     ],
     4: [
         ("starflow", "bitpipe", {}),
@@ -69,6 +71,9 @@ ALL: dict[int, list[Case]] = {
         ("dit", "1f1b", {"pp": 2, "strategy": "fsdp"}),
         ("starflow", "bitpipe", {"pp": 2, "strategy": "fsdp"}),
         ("starflow", "zbv", {"pp": 2, "strategy": "fsdp", "recompute": 1}),
+        ("mmdit", "bitpipe", {"pp": 2, "strategy": "fsdp"}),
+        ("mmdit", "zbv", {"pp": 2, "tp": 2, "sequence": True}),
+        ("mmdit", "1f1b", {"pp": 2, "cp": 2, "context": "ring"}),
         ("dit", "1f1b", {"pp": 2, "tp": 2}),
         ("dit", "zbv", {"pp": 2, "tp": 2, "sequence": True}),
         ("starflow", "bitpipe", {"pp": 2, "tp": 2}),
