@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from flows.batch import Batch
-from flows.dequantisation import uniform_in_bin
 from flows.metrics.mixture import gaussian_mixture_bits
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
@@ -21,13 +20,16 @@ BATCH = 256  # images in one network call: bounds memory, changes no figure
 
 @dataclass(frozen=True)
 class Bits:
-    """Of held-out images, each with one draw of dequantisation noise.
+    """Of held-out images or latents, each with one draw of the noise that the model was trained with.
 
-    model: bits per dimension; for pixels a bound, for latents of a density, which may be negative
+    model: bits per dimension; of discrete pixels a bound, else of a density, which may be negative
     error: one standard error of that mean over images
     mixture: the same of a mixture of Gaussians for each pixel by itself, fitted to training images
     components: of that mixture
     count: held-out images
+    what: images or latents
+    noise: standard deviation of the Gaussian noise on them; 0 for none
+    least: bits of that noise alone, below which no density of noisy data can be; None for none
     """
 
     model: float
@@ -35,23 +37,34 @@ class Bits:
     mixture: float
     components: int
     count: int
+    what: str
+    noise: float
+    least: float | None
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, value, to compare with) for a table."""
+        of = f"{self.count} held-out {self.what}"
         beside = f"{self.mixture:.4f} of {self.components} Gaussians for each pixel by itself"
-        value = f"{self.model:.4f} +- {self.error:.4f}"
-        return [(f"bits per dimension of {self.count} held-out images", value, beside)]
+        if self.least is not None:
+            of = f"the density of {of} with noise of {self.noise:g}"
+            beside += f"; {self.least:.4f} of the noise alone"
+        elif self.what == "latents":
+            of = f"the density of {of}"
+        return [(f"bits per dimension of {of}", f"{self.model:.4f} +- {self.error:.4f}", beside)]
 
 
 def measured_objective(recipe: Recipe) -> Likelihood | None:
-    """The recipe's objective without what is there for training alone; None if it has no likelihood.
+    """The recipe's objective without what is there for guidance; None if it has no likelihood.
 
-    A flow of data with noise has a likelihood of such data alone, which says nothing of the data.
+    A flow of data with Gaussian noise has a likelihood of such data alone, and is measured on them. One
+    of pixels with neither that nor filled bins has none: a density of single values has no bound.
     """
     section = recipe.objective
-    if not isinstance(section, LikelihoodSection) or section.noise:
+    if not isinstance(section, LikelihoodSection):
         return None
-    return replace(build_likelihood(recipe, section), label_drop=0.0, text_drop=None)
+    objective = replace(build_likelihood(recipe, section), label_drop=0.0, text_drop=None)
+    bare = objective.levels is not None and objective.dequantisation == "none"
+    return None if bare and not objective.noise else objective
 
 
 @torch.no_grad()
@@ -64,7 +77,7 @@ def heldout_bits(
 ) -> Bits:
     """Bits per dimension of held-out images, by the model and by mixtures of Gaussians.
 
-    train: (n, channels, height, width) images in [-1, 1]
+    train: (n, channels, height, width) images in [-1, 1], or latents
     heldout: (m, channels, height, width) images and their (m,) labels
 
     The noise of image i is a function of (seed, i).
@@ -78,19 +91,29 @@ def heldout_bits(
         found.append(objective.bits(model(**ready.inputs)).double().cpu())
     bits = torch.cat(found)
     mixture = gaussian_mixture_bits(
-        _in_bins(train, objective, seed),
-        _in_bins(images, objective, seed),
+        _with_noise(train, objective, seed, step=1),  # fitted to other noise than it is tried on
+        _with_noise(images, objective, seed, step=0),
         components=COMPONENTS,
         bin_width=objective.bin_width,
         seed=seed,
     )
-    error = bits.std().item() / math.sqrt(len(bits))
-    return Bits(bits.mean().item(), error, mixture.mean().item(), COMPONENTS, len(bits))
+    noise = objective.noise
+    return Bits(
+        model=bits.mean().item(),
+        error=bits.std().item() / math.sqrt(len(bits)),
+        mixture=mixture.mean().item(),
+        components=COMPONENTS,
+        count=len(bits),
+        what="images" if objective.levels else "latents",
+        noise=noise,
+        least=0.5 * math.log2(2 * math.pi * math.e * noise**2) if noise else None,
+    )
 
 
-def _in_bins(images: Tensor, objective: Likelihood, seed: int) -> Tensor:
-    """Images with uniform noise in the bins of their pixels; latents as they are."""
-    if objective.levels is None:
-        return images
-    draw = Draw(seed, 0, torch.arange(len(images)))
-    return uniform_in_bin(images, objective.levels, draw).y
+def _with_noise(images: Tensor, objective: Likelihood, seed: int, *, step: int) -> Tensor:
+    """Images as the flow is told them, but uniform in bins that a dequantiser would fill otherwise."""
+    if objective.dequantisation == "variational":
+        objective = replace(objective, dequantisation="uniform")
+    ids = torch.arange(len(images))
+    batch = Batch(images, torch.zeros_like(ids), ids)
+    return objective.prepare(batch, Draw(seed, step, ids)).inputs["x"]

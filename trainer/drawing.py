@@ -59,6 +59,12 @@ class Samples:
         return self.network_calls.double().mean().item()
 
 
+def broken_rows(images: Tensor) -> list[int]:
+    """Which of (n, ...) samples have a number that is not finite."""
+    broken: list[int] = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    return broken
+
+
 @dataclass(frozen=True)
 class Shared:
     """What all batches of samples have in common, found once and alike on every rank.

@@ -14,6 +14,7 @@ from torch import Tensor
 from flows.errors import UserError
 from trainer import metrics_log, pictures, tracking
 from trainer.asked import asked_names
+from trainer.drawing import broken_rows
 from trainer.metrics_log import MetricsLog
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, lock_if_free
@@ -144,6 +145,10 @@ class Report(Quiet):
             self._samples(step, images, labels)
 
     def _samples(self, step: int, images: Tensor, labels: Tensor) -> None:
+        if broken := broken_rows(images):
+            self.note(
+                f"{len(broken)} of {len(images)} samples of step {step} are not finite: black"
+            )
         path = self._run.samples / f"step-{step:08d}"
         # Replaced at once: a torn file would end every later grid over training, and the run with it.
         partial = path.with_suffix(".partial")

@@ -28,7 +28,7 @@ from data_pipeline.storing import reason, sha256_of, write_text, written_whole
 from flows.errors import UserError
 from parallel.processes import Ranks, from_first, gather
 from trainer.asked import ask, asked_names
-from trainer.drawing import Samples
+from trainer.drawing import Samples, broken_rows
 from trainer.pictures import to_bytes
 from trainer.recipe import Recipe
 from trainer.refusals import shown
@@ -80,11 +80,13 @@ class Written:
 
     made, kept: samples written now, and those that were there already
     network_calls: for a sample made now, in the mean; None where none was
+    broken: of those made now, the ids of samples with a number that is not finite
     """
 
     made: int
     kept: int
     network_calls: float | None
+    broken: list[int]
 
 
 class _Facts(Record):
@@ -104,10 +106,14 @@ class _Facts(Record):
 
 @dataclass(frozen=True)
 class _Part:
-    """calls: network evaluations of all its samples together; shards: name -> what was written"""
+    """calls: network evaluations of all its samples together; shards: name -> what was written
+
+    broken: see `Written`
+    """
 
     samples: int
     calls: float
+    broken: list[int]
     shards: dict[str, Shard]
 
 
@@ -220,7 +226,9 @@ def _write_part(trained: Trained, order: Order, part: range) -> _Part:
         for name, sample in zip(order.files(part), samples(), strict=True):
             with written_whole(f"{order.out}/{name}") as path:
                 path.write_bytes(sample.members[order.member])
-    return _Part(len(part), sum(made.network_calls.sum().item() for made in drawn), shards)
+    calls = sum(made.network_calls.sum().item() for made in drawn)
+    broken = [part[i] for i in broken_rows(torch.cat([made.images for made in drawn]))]
+    return _Part(len(part), calls, broken, shards)
 
 
 def _members(recipe: Recipe, member: Member, ids: range, drawn: Samples) -> Iterator[Sample]:
@@ -229,6 +237,8 @@ def _members(recipe: Recipe, member: Member, ids: range, drawn: Samples) -> Iter
     for number, image, label, cost in zip(ids, drawn.images, labels, calls, strict=True):
         content = _png(image) if member == "png" else write_array(image.numpy())
         about = _about(recipe, number, label) | {"network_calls": cost}
+        if not image.isfinite().all():
+            about["finite"] = False
         yield Sample(
             _key(number),
             {member: content, "cls": str(label).encode(), "json": json.dumps(about).encode()},
@@ -262,7 +272,8 @@ def _finish(recipe: Recipe, order: Order, made: list[_Part]) -> Written:
         else:
             _list(recipe, order)
     samples, calls = sum(part.samples for part in made), sum(part.calls for part in made)
-    return Written(samples, order.count - samples, calls / samples if samples else None)
+    broken = sorted(number for part in made for number in part.broken)
+    return Written(samples, order.count - samples, calls / samples if samples else None, broken)
 
 
 def _describe(recipe: Recipe, order: Order, made: dict[str, Shard]) -> None:

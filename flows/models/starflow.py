@@ -32,7 +32,7 @@ from flows.models.division import Region
 from flows.models.embeddings import patchify, unpatchify
 from flows.models.flow import FlowOutput
 from flows.models.rotary import TEXT_PAIRS, Rotary
-from flows.models.tarflow import check_patches
+from flows.models.tarflow import check_clip, check_patches
 
 ZERO = {"minimum": 0}
 
@@ -91,16 +91,14 @@ class STARFlowConfig:
                 f"model.layers = {list(self.layers)} must give every flow block at least one layer; "
                 "write for instance [2, 2, 2, 12]."
             )
-        if self.clip < 0:
-            raise UserError(f"model.clip = {self.clip} is negative; use 0 for no soft clip.")
+        check_clip(self.clip)
         if self.tokens < 2 and not self.start_token:
             raise UserError(
                 f"model.patch = {self.patch} makes one token of an image, which nothing changes "
                 "without a start token; use a smaller patch or model.start_token=true."
             )
         self._check_rotary()
-        for index in range(len(self.layers)):
-            self.block(index)
+        _ = self.shapes  # each refuses what it cannot be
 
     def _check_rotary(self) -> None:
         if self.position != "rotary":
@@ -135,6 +133,11 @@ class STARFlowConfig:
         if not self.prefix_tokens:
             return 0
         return self.text_width if self.text_tokens else self.classes + 1
+
+    @property
+    def shapes(self) -> list[BlockShape]:
+        """Of all blocks, the one at the data first."""
+        return [self.block(k) for k in range(len(self.layers))]
 
     def block(self, index: int) -> BlockShape:
         """The shape of a block, counted from the data."""
@@ -181,8 +184,7 @@ class STARFlow(nn.Module):
     def __init__(self, config: STARFlowConfig) -> None:
         super().__init__()
         self.config = config
-        shapes = [config.block(k) for k in range(len(config.layers))]
-        self.flow_blocks = nn.ModuleList(FlowBlock(shape) for shape in shapes)
+        self.flow_blocks = nn.ModuleList(FlowBlock(shape) for shape in config.shapes)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -267,16 +269,3 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "layers": (2, 2, 2, 2, 2, 24),
     },
 }
-
-
-def forward_flops(config: STARFlowConfig) -> int:
-    """Floating point operations of the forward of one sample, two for each multiply-add.
-
-    Matrix products alone, attention included as if it were not causal, as operator counters do.
-    """
-    return 2 * sum(config.block(k).forward_products for k in range(len(config.layers)))
-
-
-def train_flops(config: STARFlowConfig) -> int:
-    """Operations of forward and backward of one sample; recomputed activations are not counted."""
-    return 3 * forward_flops(config)

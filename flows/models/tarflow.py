@@ -6,8 +6,8 @@ the next one (flows/models/autoregressive.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from flows.models.chain import Chain, Told
 from flows.models.division import Region
 from flows.models.flow import FlowOutput
 
+ZERO = {"minimum": 0}
+
 
 @dataclass(frozen=True)
 class TarFlowConfig:
@@ -42,6 +44,8 @@ class TarFlowConfig:
     volume_preserving: tokens are shifted and not scaled
     conditional: each block adds a vector of the class; without, labels are ignored
     norm, placement: see `flows.models.causal`
+    clip: c of a soft clip c tanh(o / c) on log-scales and shifts o, as STARFlow has it; 0 for none, as
+        published. Nothing else bounds the scale of a token that follows tokens unlike any in the data
     """
 
     image_size: int
@@ -56,6 +60,7 @@ class TarFlowConfig:
     conditional: bool = True
     norm: NormKind = "layer"
     placement: Placement = "pre"
+    clip: float = field(default=0.0, metadata=ZERO)
 
     def __post_init__(self) -> None:
         check_patches(self.image_size, self.patch)
@@ -64,6 +69,7 @@ class TarFlowConfig:
                 f"model.patch = {self.patch} makes one token of an image, and a TarFlow changes all "
                 "but the first; use a smaller patch."
             )
+        check_clip(self.clip)
         self.block(0)
 
     @property
@@ -74,6 +80,11 @@ class TarFlowConfig:
     def features(self) -> int:
         """Numbers in a token."""
         return self.channels * self.patch**2
+
+    @property
+    def shapes(self) -> list[BlockShape]:
+        """Of all blocks, the one at the data first."""
+        return [self.block(k) for k in range(self.flow_blocks)]
 
     def block(self, index: int) -> BlockShape:
         """The shape of a block, counted from the data; odd ones read backwards."""
@@ -96,7 +107,7 @@ class TarFlowConfig:
             reverse=index % 2 == 1,
             start_token=False,
             scale="one" if self.volume_preserving else "exp",
-            clip=0.0,
+            clip=self.clip,
             final_norm=False,
             rotary=None,
             classes=self.classes if self.conditional else 0,
@@ -114,8 +125,7 @@ class TarFlow(nn.Module):
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__()
         self.config = config
-        shapes = [config.block(k) for k in range(config.flow_blocks)]
-        self.flow_blocks = nn.ModuleList(FlowBlock(shape) for shape in shapes)
+        self.flow_blocks = nn.ModuleList(FlowBlock(shape) for shape in config.shapes)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -190,14 +200,22 @@ def check_patches(image_size: int, patch: int) -> None:
         )
 
 
-def forward_flops(config: TarFlowConfig) -> int:
+def check_clip(clip: float) -> None:
+    """Raises UserError for a soft clip that is none."""
+    if clip < 0:
+        raise UserError(f"model.clip = {clip} is negative; use 0 for no soft clip.")
+
+
+class Blocks(Protocol):
+    """What a configuration says of its flow blocks."""
+
+    @property
+    def shapes(self) -> list[BlockShape]: ...
+
+
+def forward_flops(config: Blocks) -> int:
     """Floating point operations of the forward of one sample, two for each multiply-add.
 
     Matrix products alone, attention included as if it were not causal, as operator counters do.
     """
-    return 2 * sum(config.block(k).forward_products for k in range(config.flow_blocks))
-
-
-def train_flops(config: TarFlowConfig) -> int:
-    """Operations of forward and backward of one sample; recomputed activations are not counted."""
-    return 3 * forward_flops(config)
+    return 2 * sum(shape.forward_products for shape in config.shapes)

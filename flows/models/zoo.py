@@ -49,7 +49,7 @@ STARFLOW = Family(
     "likelihood",
     starflow.STARFlowConfig,
     starflow.STARFlow,
-    starflow.forward_flops,
+    tarflow.forward_flops,
     starflow.PUBLISHED,
 )
 JET = Family("jet", "likelihood", jet.JetConfig, jet.Jet, jet.forward_flops, jet.PUBLISHED)

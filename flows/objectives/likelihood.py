@@ -71,8 +71,11 @@ class Likelihood:
 
     @property
     def bin_width(self) -> float:
-        """What a density is multiplied by to bound the probability of a level; 1 without levels."""
-        return self.levels.width if self.levels else 1.0
+        """What a density is multiplied by to bound the probability of a level.
+
+        1 without levels, and with noise, which leaves the bins: then a density stays one.
+        """
+        return self.levels.width if self.levels and not self.noise else 1.0
 
     def prepare(self, batch: Batch, draw: Draw) -> Prepared:
         """All noise and all that is dropped by sample key, on the device of `draw.samples`."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.trained import Trained
 
 SECONDS_BETWEEN_LINES = 10.0
+SHOWN_BROKEN = 20  # samples named in a line
 
 RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
 SampleOverrides = Annotated[
@@ -146,6 +147,7 @@ def _draw_picture(
 ) -> dict[str, Any] | None:
     from trainer import pictures
     from trainer.asked import asked_names
+    from trainer.drawing import broken_rows
     from trainer.reporting import GRID_COLUMNS
     from trainer.trained import draw_together
 
@@ -154,7 +156,8 @@ def _draw_picture(
         return None
     names = asked_names(trained.recipe)
     pictures.class_grid(drawn.images, drawn.labels, names, Path(place), GRID_COLUMNS)
-    return {"picture": place, "network_calls": drawn.mean_calls}
+    broken = broken_rows(drawn.images)
+    return {"picture": place, "not_finite": broken, "network_calls": drawn.mean_calls}
 
 
 def _write_files(trained: "Trained", order: "Order", here: "Ranks") -> dict[str, Any] | None:
@@ -164,7 +167,7 @@ def _write_files(trained: "Trained", order: "Order", here: "Ranks") -> dict[str,
     if written is None:
         return None
     facts = {"folder": order.out, "made": written.made, "kept": written.kept}
-    return facts | {"network_calls": written.network_calls}
+    return facts | {"not_finite": written.broken, "network_calls": written.network_calls}
 
 
 def _reporter(rank: int) -> Callable[[int, int], None]:
@@ -203,6 +206,14 @@ def _print(
         f"{count} samples of step {trained.step} ({how_in_words(recipe)}){cost}{kept}: {place}",
         highlight=False,
     )
+    if broken := result["not_finite"]:
+        listed = ", ".join(map(str, broken[:SHOWN_BROKEN]))
+        rest = f" and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
+        Console(stderr=True, soft_wrap=True).print(
+            f"not finite, and black as pictures: {len(broken)} of {count} samples, number {listed}{rest}; "
+            "leave them out, or see docs/models.md on model.clip",
+            highlight=False,
+        )
 
 
 def how_drawn(recipe: "Recipe", step: int | None, network_calls: float | None) -> dict[str, object]:

@@ -16,7 +16,8 @@ from flows.models import starflow, tarflow
 from flows.models.autoregressive import SOFTPLUS_ONE, FlowBlock
 from flows.models.family import Family, architecture, parameter_count
 from flows.models.starflow import STARFlow, STARFlowConfig
-from flows.models.tarflow import TarFlow, TarFlowConfig
+from flows.models.tarflow import TarFlow, TarFlowConfig, forward_flops
+from flows.samplers.inversion import invert, prior
 
 TARFLOW = TarFlowConfig(
     image_size=8, channels=3, classes=5, patch=2, width=32, flow_blocks=3, layers=2, head_width=8
@@ -238,6 +239,26 @@ def test_scale_is_one_at_zero_and_outputs_stay_within_the_soft_clip() -> None:
     assert wild.max() <= bound + 1e-6
 
 
+def test_without_a_soft_clip_a_stray_token_has_no_bound_and_with_one_it_has() -> None:
+    """The log-scale of a published TarFlow grows with tokens that are unlike any in the data."""
+    label = torch.arange(4)
+    noise = prior(TarFlow(TARFLOW), 0, label)
+    broken = {}
+    for clip in (0.0, 4.0):
+        model = disturbed(replace(TARFLOW, clip=clip))
+        for block in blocks_of(model):
+            block.project_out.weight.data.mul_(3.0)
+        found = invert(model, 30 * noise, label).x
+        broken[clip] = bool((~torch.isfinite(found)).any())
+        if clip:
+            # |u| <= e^c |w| + c in each of the blocks
+            bound = 30 * noise.abs().max()
+            for _ in blocks_of(model):
+                bound = math.exp(clip) * bound + clip
+            assert found.abs().max() <= bound
+    assert broken == {0.0: True, 4.0: False}
+
+
 def attention_by_hand(h: Tensor, qkv: nn.Linear, head: int, sizes: list[int]) -> Tensor:
     q, k, v = (
         part.unflatten(-1, (-1, head)).transpose(1, 2)
@@ -345,14 +366,14 @@ COUNTS = [
 ]  # fmt: skip
 FAMILIES = {
     "TarFlow": Family(
-        "tarflow", "likelihood", TarFlowConfig, TarFlow, tarflow.forward_flops, tarflow.PUBLISHED
+        "tarflow", "likelihood", TarFlowConfig, TarFlow, forward_flops, tarflow.PUBLISHED
     ),
     "STARFlow": Family(
         "starflow",
         "likelihood",
         STARFlowConfig,
         STARFlow,
-        starflow.forward_flops,
+        forward_flops,
         starflow.PUBLISHED,
     ),
 }
@@ -378,14 +399,12 @@ def test_the_top_block_of_the_published_3b_model() -> None:
 )
 def test_the_cost_formula_equals_the_operator_count(name) -> None:
     config = CONFIGS[name]
-    module = tarflow if isinstance(config, TarFlowConfig) else starflow
     # The counter knows no fused attention of the CPU; the meta device has none.
     model = fresh(config).to("meta")
     given = {key: value.to("meta") for key, value in inputs(config).items()}
     with FlopCounterMode(display=False) as forward:
         model(**given)
-    assert forward.get_total_flops() / 3 == module.forward_flops(config)
-    assert module.train_flops(config) == 3 * module.forward_flops(config)
+    assert forward.get_total_flops() / 3 == forward_flops(config)
 
 
 def test_every_parameter_learns_but_key_biases_that_cannot_matter() -> None:
@@ -406,6 +425,7 @@ def test_every_parameter_learns_but_key_biases_that_cannot_matter() -> None:
 REFUSED = [
     (TARFLOW, {"patch": 3}, "data.image_size = 8 is not divisible by model.patch = 3"),
     (TARFLOW, {"patch": 8}, "use a smaller patch"),
+    (TARFLOW, {"clip": -1.0}, "model.clip = -1.0 is negative"),
     (TARFLOW, {"head_width": 7}, "not a multiple of model.head_width = 7"),
     (RICH, {"kv_heads": 3}, "model.kv_heads = 3 does not divide"),
     (STARFLOW, {"layers": ()}, "model.layers"),

@@ -184,7 +184,7 @@ def test_a_file_that_is_no_recipe_is_named(refused: Refused, content: bytes, say
     [
         ("digitz", "did you mean digits?"),
         ("recipes/digitz.yaml", "did you mean digits?"),
-        ("nothing/like/it.yaml", "shipped are: digits, digits8, dit_moe_digits, jet_digits"),
+        ("nothing/like/it.yaml", "shipped are: digits, digits8, dit_moe_digits, jet_bits"),
         ("runs", "runs is a folder; give a recipe file, or one of: digits"),
     ],
 )

@@ -254,3 +254,31 @@ def test_chosen_steps_are_drawn_with_and_named(flowmill: Flowmill, place: Path) 
     code, out, err = finish(start(*asked, "--optimise-steps", "3", "--ranks", "2"))
     assert code == 0, err
     assert json.loads(out)["sample"]["times"] == times
+
+
+def test_samples_that_are_not_finite_are_named(
+    flowmill: Flowmill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few wild steps make a flow whose scales nothing bounds; a soft clip bounds them."""
+    monkeypatch.chdir(tmp_path)
+    wild = (
+        "train.steps=6", "train.batch=8", "model.width=32", "optimizer.lr=0.3", "optimizer.warmup=1",
+        "train.ema=[0.1]", "sample.every=6", "sample.count=10", "sample.guidance=0", "data.lanes=4",
+        "objective.noise=0", "tracking.mlflow=false",
+    )  # fmt: skip
+    trained = flowmill("train", "tarflow_digits", "run.dir=wild", *wild)
+    assert "of 10 samples of step 6 are not finite" in trained.err + trained.out
+    asked = ("sample", "wild", "--count", "8", "--batch", "4", "--json")
+    broken = json.loads(flowmill(*asked).out)["not_finite"]
+    assert broken
+    said = flowmill("sample", "wild", "--count", "8").err
+    assert f"{len(broken)} of 8 samples, number {broken[0]}" in said
+    made = json.loads(flowmill(*asked, "--form", "shards", "--out", "made").out)
+    assert made["not_finite"] == broken
+    with tarfile.open("made/samples-000000.tar") as archive:
+        for i in range(8):
+            about = json.load(archive.extractfile(f"{i:08d}.json"))
+            assert about.get("finite", True) == (i not in broken)
+    flowmill("train", "tarflow_digits", "run.dir=bounded", *wild, "model.clip=4")
+    ended = flowmill("sample", "bounded", *asked[2:])
+    assert json.loads(ended.out)["not_finite"] == []

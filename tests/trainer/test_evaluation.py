@@ -14,9 +14,10 @@ from flows.errors import UserError
 from flows.models.flow import FlowOutput
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
-from trainer.bits import COMPONENTS, heldout_bits
+from trainer.bits import COMPONENTS, heldout_bits, measured_objective
 from trainer.distances import Distances, distances
 from trainer.evaluation import Evaluation, class_accuracy, evaluate, train_classifier
+from trainer.recipe import load_recipe
 
 NAMES = [f"digit {i}" for i in range(10)]
 # Measures that are small for samples like the real ones; of the others 1 is best.
@@ -147,8 +148,43 @@ def test_bits_of_a_flow_stand_beside_those_of_a_mixture(digits: tuple[Tensor, Te
     # One Gaussian for each pixel is worse than five, and both are better than guessing a level.
     assert found.mixture < found.model < math.log2(17)
     assert 0 < found.error < 0.1
+    assert found.rows()[0][0] == "bits per dimension of 797 held-out images"
     again = heldout_bits(flow, objective, images[:1000], heldout, seed=0)
     assert again == found
+
+
+def test_bits_of_data_with_noise_are_those_of_a_density(digits: tuple[Tensor, Tensor]) -> None:
+    """The flow that is exact for the noise alone needs what the noise needs, and no bin is counted."""
+    images, labels = digits
+    nothing, std = torch.zeros_like(images), 0.3
+    objective = Likelihood(
+        dequantisation="none", levels=Levels(17, "inside"), noise=std, power=0.0, label_drop=0.0,
+        null_label=10, text_drop=None,
+    )  # fmt: skip
+    flow = Affine(nothing)
+    flow.spread.data.fill_(std)
+    found = heldout_bits(flow, objective, nothing[:1000], (nothing[1000:], labels[1000:]), seed=0)
+    assert found.least == pytest.approx(math.log2(std * math.sqrt(2 * math.pi * math.e)))
+    assert found.model == pytest.approx(found.least, abs=4 * found.error)
+    # Five Gaussians find the one there is, but for what a thousand images say of it.
+    assert found.least < found.mixture < found.least + 0.05
+    (what, _, beside), *_ = found.rows()
+    assert what == "bits per dimension of the density of 797 held-out images with noise of 0.3"
+    assert beside.endswith(f"{found.least:.4f} of the noise alone")
+    real = heldout_bits(flow, objective, images[:1000], (images[1000:], labels[1000:]), seed=0)
+    assert found.least < real.mixture < real.model
+
+
+def test_only_what_has_a_likelihood_is_measured() -> None:
+    noisy = measured_objective(load_recipe("starflow_emoji", []))
+    assert noisy is not None
+    assert (noisy.noise, noisy.label_drop, noisy.levels) == (0.3, 0.0, None)
+    assert measured_objective(load_recipe("digits8", [])) is None
+    # Single values of pixels have a density and no probability.
+    assert measured_objective(load_recipe("jet_digits", ["objective.noise=0"])) is None
+    filled = measured_objective(load_recipe("jet_bits", []))
+    assert filled is not None
+    assert filled.bin_width == 2 / 255
 
 
 def test_one_class_is_no_classification(digits: tuple[Tensor, Tensor]) -> None:
