@@ -17,12 +17,16 @@ class Routed(NamedTuple):
     dropped: (batch, [layers]) slots that found no place; where experts choose, tokens without an expert
     entropy: (batch, [layers]) mean over tokens of the entropy of their distribution over experts, in nats
     ties: (batch, [layers]) tokens whose choice hangs on a difference that rounding could turn
+    flow: (batch, [layers,] experts, experts) float32 pairs of a slot of the layer before, by its expert,
+        and one of this layer of the same token; zeros in the first layer. Without experts,
+        (batch, [layers,] 0, 0), where nobody asked for it
     """
 
     load: Tensor
     dropped: Tensor
     entropy: Tensor
     ties: Tensor
+    flow: Tensor
 
 
 class Mixed(NamedTuple):
@@ -30,7 +34,7 @@ class Mixed(NamedTuple):
 
     prediction: as it gives otherwise
     penalty: (batch,) float32 losses of all its routers, weighted: the objective adds them
-    load, dropped, entropy, ties: of all layers, see `Routed`
+    load, dropped, entropy, ties, flow: of all layers, see `Routed`
     """
 
     prediction: Tensor
@@ -39,10 +43,11 @@ class Mixed(NamedTuple):
     dropped: Tensor
     entropy: Tensor
     ties: Tensor
+    flow: Tensor
 
     @property
     def routed(self) -> Routed:
-        return Routed(self.load, self.dropped, self.entropy, self.ties)
+        return Routed(self.load, self.dropped, self.entropy, self.ties, self.flow)
 
 
 def stacked(layers: list[Routed]) -> Routed:

@@ -8,7 +8,17 @@ import typer
 from rich.console import Console
 
 from flows.errors import UserError
-from launch.commands import checkpoint, data, demo, doctor, evaluate, pipeline, sample, train
+from launch.commands import (
+    checkpoint,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    experts,
+    pipeline,
+    sample,
+    train,
+)
 from launch.ranks import LOST_OTHERS, LostOthers, started_by_flowmill
 
 app = typer.Typer(
@@ -26,6 +36,7 @@ app.add_typer(data.app, name="data", help="Pack, index and verify shards.")
 app.add_typer(
     checkpoint.app, name="checkpoint", help="List, verify, inspect and compare checkpoints."
 )
+app.add_typer(experts.app, name="experts", help="Place experts on ranks.")
 app.add_typer(pipeline.app, name="pipeline", help="Show pipeline schedules.")
 app.command("doctor")(doctor.doctor)
 for command in entry_points(group="flowmill.commands"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data_pipeline.cache import open_cache
 from data_pipeline.faults import Tolerance, read_past
@@ -17,6 +18,7 @@ from flows.mixture import MixturePath
 from flows.models.dequantised import DequantiserConfig, dequantised
 from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.family import Architecture, architecture
+from flows.models.routers import routing_shape
 from flows.models.zoo import FAMILIES
 from flows.objectives.boundary import Boundary
 from flows.objectives.discrete import DiscreteFlowMatching
@@ -117,6 +119,7 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
     with torch.device("meta"):
         network = model.build()
     check_routing(network, layout)
+    _check_trace(recipe, network)
     if layout.pp > 1:
         check_pipeline(recipe, layout, model)
     if layout.tp > 1:
@@ -125,6 +128,19 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
         check_context(network, layout.cp, layout.context, layout.tp)
     if layout.ep > 1:
         check_experts(network, layout.ep, compiled=recipe.train.compile)
+
+
+def _check_trace(recipe: Recipe, network: nn.Module) -> None:
+    every = recipe.train.trace_experts
+    if not every:
+        return
+    shape = routing_shape(network)
+    if shape is None or shape[0] < 2:
+        raise UserError(
+            f"train.trace_experts = {every} counts tokens on their way from layer to layer of experts, and "
+            f"this model has {0 if shape is None else shape[0]} of these; set it to 0, or use "
+            "model.family=dit_moe with two layers or more."
+        )
 
 
 def in_steps(recipe: Recipe, samples: list[int]) -> Recipe:

@@ -8,6 +8,7 @@ import torch
 
 from flows.errors import UserError
 from flows.models.family import Architecture
+from flows.models.routers import trace_flow
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed_config import Json, Stage
@@ -124,6 +125,8 @@ def build_engine(
     with torch.device("meta"):
         network = model.build()
     train, factory = recipe.train, optimizer_factory(recipe)
+    if train.trace_experts:
+        trace_flow(network)
     if train.float8:
         multiply_in_float8(cast(FlowModel, network).blocks)
     if recipe.parallel.engine == "accelerate":

@@ -84,7 +84,9 @@ def one_step(parts: Parts, step: int, stop: bool) -> None:
     skip = 1.0 - torch.isfinite(norm).float()
     rate = rate_at(recipe, step)
     engine.step(rate, skip)
-    routing = sum_routing(result, engine.sum_over_data)
+    every = recipe.train.trace_experts
+    traced = every > 0 and (step + 1) % every == 0
+    routing = sum_routing(result, engine.sum_over_data, traced=traced)
     if routing is not None:
         rebalance_routers(engine, routing, skip)
     with clock.phase("average"):

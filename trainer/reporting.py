@@ -18,6 +18,7 @@ from trainer.drawing import broken_rows
 from trainer.metrics_log import MetricsLog
 from trainer.recipe import Recipe
 from trainer.run_folder import RunFolder, lock_if_free
+from trainer.telemetry import TRACE
 from trainer.tracking import Silent
 
 GRID_COLUMNS = 10  # samples of a class in a grid
@@ -76,6 +77,7 @@ class Report(Quiet):
     def __init__(self, run: RunFolder, tracker: Silent, progress: Progress, recipe: Recipe) -> None:
         self._run, self._tracker, self._progress = run, tracker, progress
         self._log = MetricsLog(run.metrics)
+        self._routing = MetricsLog(run.routing) if recipe.train.trace_experts else None
         self._recipe = recipe
         self._curve = Curve()
         self._resumed = False
@@ -92,19 +94,29 @@ class Report(Quiet):
         self._log.close()
         metrics_log.truncate_after(self._run.metrics, step)
         self._log = MetricsLog(self._run.metrics)
+        if self._routing is not None:
+            self._routing.close()
+            metrics_log.truncate_after(self._run.routing, step)
+            self._routing = MetricsLog(self._run.routing)
         for line in metrics_log.read(self._run.metrics):
             self._curve.append(line)
         self._resumed = step > 0
 
     def close(self) -> None:
         self._log.close()
+        if self._routing is not None:
+            self._routing.close()
 
     def step(self, line: Mapping[str, Any]) -> None:
+        traced = line.get(TRACE)
+        line = {key: value for key, value in line.items() if key != TRACE}
         if self._resumed:
             line = {**line, "resumed": True}
             self._resumed = False
         with _room(self._run):
             self._log.append(line)
+            if self._routing is not None and traced is not None:
+                self._routing.append({"step": line["step"], **traced})
             self._tracker.metrics(int(line["step"]), line)
         self._curve.append(line)
         self._progress.step(line)

@@ -23,18 +23,23 @@ class RoutingSums(NamedTuple):
 
     load: (layers, BUCKETS, experts) slots that asked for each expert, by the flow time of their samples
     dropped, entropy, ties: (layers,), see `flows.routed.Routed`
+    flow: (layers, experts, experts) of a step that is traced, else (0,)
     """
 
     load: Tensor
     dropped: Tensor
     entropy: Tensor
     ties: Tensor
+    flow: Tensor
 
 
 def sum_routing(
-    result: StepResult, sum_over_data: Callable[[Tensor], Tensor]
+    result: StepResult, sum_over_data: Callable[[Tensor], Tensor], *, traced: bool = False
 ) -> RoutingSums | None:
-    """Over all ranks, a collective; None for networks without experts."""
+    """Over all ranks, a collective; None for networks without experts.
+
+    traced: whether this step's flow is wanted, of a network whose routers count it
+    """
     routed, time = result.routed, result.time
     if routed is None or time is None:
         return None
@@ -42,7 +47,8 @@ def sum_routing(
     # A product with the one-hot matrix, not a scatter: the same bits on every run.
     member = F.one_hot(bucket, BUCKETS).to(routed.load.dtype)
     load = torch.einsum("nb,nle->lbe", member, routed.load)
-    own = [load, *(value.sum(0) for value in (routed.dropped, routed.entropy, routed.ties))]
+    flow = routed.flow.sum(0) if traced else load.new_zeros(0)
+    own = [load, *(value.sum(0) for value in routed[1:4]), flow]
     summed = sum_over_data(torch.cat([value.flatten() for value in own]))
     parts = summed.split([value.numel() for value in own])
     return RoutingSums(*(part.view_as(value) for part, value in zip(parts, own, strict=True)))
@@ -83,8 +89,11 @@ def read_rows(rows: Mapping[str, tuple[float, ...]]) -> RoutingSums | None:
     if "routing_load" not in rows:
         return None
     parts = (torch.tensor(rows[f"routing_{name}"]).double() for name in RoutingSums._fields)
-    load, dropped, entropy, ties = parts
-    return RoutingSums(load.view(len(dropped), BUCKETS, -1), dropped, entropy, ties)
+    load, dropped, entropy, ties, flow = parts
+    load = load.view(len(dropped), BUCKETS, -1)
+    if len(flow):
+        flow = flow.view(len(dropped), load.shape[-1], load.shape[-1])
+    return RoutingSums(load, dropped, entropy, ties, flow)
 
 
 def described(sums: RoutingSums, samples: float) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class RunFolder:
         return self.root / "experts.png"
 
     @property
+    def routing(self) -> Path:
+        """Which experts tokens went to from which, where a recipe asks for it."""
+        return self.root / "routing.jsonl"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 

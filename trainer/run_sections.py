@@ -82,6 +82,11 @@ class TrainSection(Section):
         [0.999], description="decays of the averaged weights; the first is used to sample"
     )
     log_every: Positive = Field(10, description="steps between progress lines")
+    trace_experts: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="steps between lines of routing.jsonl, which say from which experts tokens go to which; "
+        "0: none",
+    )
 
     @property
     def recompute(self) -> Recompute:

@@ -17,6 +17,9 @@ from flows.errors import UserError
 from parallel.engines.engine import StepResult
 from trainer.meters import Reading, Readout, mfu, peak_bf16_flops
 from trainer.routing import BUCKETS, ExpertUse, RoutingSums, described, read_rows, rows_of
+from trainer.routing_trace import traced_line
+
+TRACE = "routing"  # the key of what is written beside the metrics
 
 
 class Telemetry:
@@ -91,6 +94,8 @@ class Telemetry:
     def lines(self, everything: bool = False) -> Iterator[dict[str, Any]]:
         """A line of `metrics.jsonl` for each step whose numbers are there, or wait for `everything`.
 
+        At a traced step it has the line of `routing.jsonl` under `TRACE`.
+
         Raises UserError, on every rank at the same step, after too many skipped steps in a row.
         """
         if everything and (held := self._readout.take()) is not None:
@@ -136,7 +141,9 @@ class Telemetry:
         if (routing := read_rows(reading.rows)) is None:
             return line
         self.experts.add(routing.load)
-        return line | {"experts": described(routing, samples)}
+        line |= {"experts": described(routing, samples)}
+        traced = traced_line(routing)
+        return line if traced is None else line | {TRACE: traced}
 
     def _count_skips(self, step: int, skipped: bool) -> None:
         self.skipped += skipped

@@ -4,7 +4,8 @@ Each block is a DiT's with a `Mixture` in the place of the feed-forward; the con
 multiplies the sum of all experts. A fresh network is the zero function.
 
 It is cut by data: `blocks` is its repeated part, called as `block(x, condition, state, cell,
-output_mask)` and returning a `Step`; routers that are recurrent hand their state from block to block.
+output_mask, before)` and returning a `Step`; routers that are recurrent hand their state from block to
+block, and those that are traced hand on whom their tokens asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
 from flows.models.mixture import Mixture
 from flows.models.norms import LayerNorm, gated_residual, modulated_norm
-from flows.models.routers import Cell, Router, RouterCell
+from flows.models.routers import Cell, Router, RouterCell, is_traced
 from flows.routed import Mixed, Routed, stacked
 
 
@@ -35,12 +36,14 @@ class Step(NamedTuple):
     x: (batch, tokens, width)
     state: (batch, tokens, recurrent) of the routers, or None
     penalty: (batch,) float32
+    asked: (batch, tokens, experts) bool, of traced routers
     """
 
     x: Tensor
     state: Tensor | None
     penalty: Tensor
     routed: Routed
+    asked: Tensor | None
 
 
 class Block(nn.Module):
@@ -60,18 +63,20 @@ class Block(nn.Module):
         state: Tensor | None = None,
         cell: Cell | None = None,
         output_mask: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Step:
         """x (batch, tokens, width), condition (batch, width) after the SiLU that all blocks share.
 
-        state, cell, output_mask: of the router, see `flows.models.routers.Router`
+        state, cell, output_mask, before: of the router, see `flows.models.routers.Router`
         """
         parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         update = self.attention(modulated_norm(x, shift_1, scale_1))
         x = gated_residual(x, gate_1, update)
         hidden = modulated_norm(x, shift_2, scale_2)
-        update, penalty, routed, state = self.mixture(hidden, state, cell, output_mask)
-        return Step(gated_residual(x, gate_2, update), state, penalty, routed)
+        update, decision = self.mixture(hidden, state, cell, output_mask, before)
+        _slots, penalty, routed, state, asked = decision
+        return Step(gated_residual(x, gate_2, update), state, penalty, routed, asked)
 
 
 class DiTMoE(nn.Module):
@@ -121,9 +126,11 @@ class DiTMoE(nn.Module):
         masks = _of_layers(mask, self.config.depth)
         condition, tokens = self._condition(t, label), self._tokens(x)
         cell = self.cell.weights() if self.cell is not None else None
-        state, steps = None, []
+        state, asked, steps = None, None, []
         for block, own in zip(self.blocks, masks, strict=True):
-            tokens, state, penalty, routed = block(tokens, condition, state, cell, own)
+            tokens, state, penalty, routed, asked = block(
+                tokens, condition, state, cell, own, asked
+            )
             steps.append((penalty, routed))
         prediction = self._prediction(tokens, condition)
         if not self.training:
@@ -151,10 +158,13 @@ class DiTMoE(nn.Module):
     def chain(self) -> Chain:
         """Its forward, cut between blocks. The condition is computed from t and label.
 
-        With the tokens travel a record (batch, depth, experts + 4) of what routers did so far, their
-        penalties in its last column, and, from the first block on, the state of recurrent routers.
+        With the tokens travel a record of what routers did so far and, from the first block on, the state of
+        recurrent routers. The record is (batch, depth x columns), of each layer what `Routed` has and the
+        penalty; where they are traced, whom the tokens asked for last, (batch, tokens x experts), follows.
         """
-        config = self.config
+        config, traced = self.config, is_traced(self)
+        sizes = (config.experts, 1, 1, 1, config.experts**2 if traced else 0, 1)
+        columns = sum(sizes)
 
         def tell(inputs: Mapping[str, Tensor], _: int) -> Told:
             mask = inputs.get("mask") if self.training else None
@@ -166,19 +176,28 @@ class DiTMoE(nn.Module):
 
         def begin(stream: Stream, _: Told) -> Stream:
             tokens = self._tokens(stream[0])
-            shape = len(tokens), config.depth, config.experts + 4
+            asked = tokens.shape[1] * config.experts if traced else 0
+            shape = len(tokens), config.depth * columns + asked
             return tokens, tokens.new_zeros(shape, dtype=torch.float32)
 
         def apply(number: int, stream: Stream, told: Told) -> Stream:
             tokens, record, *states = stream
             state = states[0] if states else None
+            before = record[:, config.depth * columns :].unflatten(1, (tokens.shape[1], -1))
             step = self.blocks[number](
-                tokens, told["condition"], state, told["cell"], told["masks"][number]
+                tokens,
+                told["condition"],
+                state,
+                told["cell"],
+                told["masks"][number],
+                before.detach() if traced else None,
             )
-            own = torch.cat(
-                (step.routed.load, *(v[:, None] for v in (*step.routed[1:], step.penalty))), 1
-            )
-            record = torch.cat((record[:, :number], own[:, None], record[:, number + 1 :]), 1)
+            told_by_router = (*step.routed, step.penalty)
+            own = [value.reshape(len(tokens), -1) for value in told_by_router]
+            done, left = number * columns, (config.depth - number - 1) * columns
+            asked = [] if step.asked is None else [step.asked.flatten(1).float()]
+            rest = record[:, done + columns :][:, :left]
+            record = torch.cat((record[:, :done], *own, rest, *asked), 1)
             return (step.x, record, *((step.state,) if config.recurrent else ()))
 
         def finish(stream: Stream, told: Told) -> Stream:
@@ -188,9 +207,13 @@ class DiTMoE(nn.Module):
             prediction, record = stream
             if not self.training:
                 return prediction
-            load, *numbers = record.detach().split((config.experts, 1, 1, 1, 1), -1)
-            told = (number.squeeze(-1) for number in numbers[:3])
-            return Mixed(prediction, record[..., -1].sum(1), load, *told)
+            layers = record[:, : config.depth * columns].unflatten(1, (config.depth, columns))
+            load, *numbers, flow, _ = layers.detach().split(sizes, -1)
+            dropped, entropy, ties = (number.squeeze(-1) for number in numbers)
+            side = config.experts if traced else 0
+            flow = flow.reshape(*load.shape[:2], side, side)
+            penalty = layers[..., -1].sum(1)
+            return Mixed(prediction, penalty, load, dropped, entropy, ties, flow)
 
         blocks = [
             Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))

@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from flows.models.feedforward import FeedForwardKind
 from flows.models.grouped import dtype_of_products, grouped_outer, grouped_product
-from flows.models.routers import Cell, Router, Routing
-from flows.routed import Routed
+from flows.models.routers import Cell, Decision, Router, Routing
 
 # (rows (slots, width), counts (experts,) of them) -> (slots, width): what experts do with their rows.
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -156,19 +155,28 @@ class Mixture(nn.Module):
         state: Tensor | None = None,
         cell: Cell | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Routed, Tensor | None]:
-        """(batch, tokens, width) -> the same, and the router's penalty, routing and state.
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Decision]:
+        """(batch, tokens, width) -> the same, and what the router said.
 
         The other arguments are the router's.
         """
-        slots, penalty, routed, state = self.router(x, state, cell, mask)
+        decision = self.router(x, state, cell, mask, before)
+        slots = decision.slots
         rows = x.flatten(0, 1)
         sent = rows.index_select(0, slots.token)
         outputs, shared = self.experts(sent, slots.counts, partial(self._of_all, x))
         weighted = outputs * slots.weight.unsqueeze(1).to(outputs.dtype)
         mixed = weighted.new_zeros(len(rows), rows.shape[1]).index_add(0, slots.token, weighted)
         y = mixed.view_as(x)
-        return y if shared is None else y + shared, penalty, routed, state
+        return y if shared is None else y + shared, decision
 
     def _of_all(self, x: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x)
+
+
+def rows_of_experts(mixture: Mixture) -> list[str]:
+    """Names of the mixture's parameters and buffers that have a row for each expert."""
+    ours = mixture.state_dict()
+    alike = ("router.inward.", "shared.")
+    return [name for name in ours if not name.startswith(alike)]

@@ -9,11 +9,12 @@ counts the tokens of one sample, and so does what an expert chooses.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flows.models.grouped import autocast_device, dtype_of_products
 from flows.routed import Routed
@@ -25,6 +26,7 @@ Balance = Literal["none", "previous", "sequence"]
 # Scores of fresh routers are about 1 / experts; layouts that add in another order differ below this.
 TIE = 1e-6
 SMALLEST = 1e-20
+GRAINS = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,14 @@ class Decision(NamedTuple):
 
     penalty: (batch,) float32 weighted losses
     state: (batch, tokens, recurrent) for the next layer's router, if there is one
+    asked: (batch, tokens, experts) bool who asked for whom, for the next layer's router where it is traced
     """
 
     slots: Slots
     penalty: Tensor
     routed: Routed
     state: Tensor | None
+    asked: Tensor | None
 
 
 class Router(nn.Module):
@@ -139,6 +143,7 @@ class Router(nn.Module):
     share: buffer (experts,) shares of the slots in the last step, see `Routing.balance`
     bias: buffer (experts,) added to scores for the choice alone, see `Routing.bias_rate`
     reach: from its tokens to all of a sample
+    traced: whether it counts from which experts of the layer before its tokens come
     """
 
     share: Tensor | None
@@ -146,7 +151,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, routing: Routing) -> None:
         super().__init__()
-        self.routing, self.reach = routing, ALL_TOKENS
+        self.routing, self.reach, self.traced = routing, ALL_TOKENS, False
         experts, recurrent = routing.experts, routing.recurrent
         self.inward = nn.Linear(width, recurrent, bias=False) if recurrent else None
         self.gate = nn.Linear(recurrent or width, experts, bias=False)
@@ -166,6 +171,7 @@ class Router(nn.Module):
         state: Tensor | None = None,
         cell: Cell | None = None,
         mask: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Decision:
         """x (batch, tokens, width) -> who computes what.
 
@@ -173,6 +179,7 @@ class Router(nn.Module):
         cell: given where the router is recurrent
         mask: (batch, tokens, slots of a token) float32 that the weights are multiplied with: `chosen`
             slots, or one for each expert where experts choose
+        before: `Decision.asked` of the layer before, None at the first
         """
         routing, gate = self.routing, rounded(self.gate.weight)
         inward = rounded(self.inward.weight) if self.inward is not None else None
@@ -183,19 +190,24 @@ class Router(nn.Module):
                     raise ValueError("a recurrent router is called with the cell of all layers")
                 hidden = state = gated_unit(F.linear(hidden, inward), state, cell)
             logits = F.linear(hidden, gate)
-            scores = logits.softmax(-1) if routing.gate == "softmax" else logits.sigmoid()
+            scores = softmax(logits) if routing.gate == "softmax" else logits.sigmoid()
             if routing.chooser == "experts":
-                slots, routed = experts_choose(scores, routing, mask)
+                slots, routed, asked = experts_choose(scores, routing, mask)
             else:
-                slots, routed = tokens_choose(scores, self.bias, routing, mask)
+                slots, routed, asked = tokens_choose(scores, self.bias, routing, mask)
+            if self.traced:
+                routed = routed._replace(flow=_flow(before, asked))
             routed = self._of_all_tokens(routed)
-            return Decision(slots, self._penalty(logits, scores, routed.load), routed, state)
+            penalty = self._penalty(logits, scores, routed.load)
+            return Decision(slots, penalty, routed, state, asked if self.traced else None)
 
     def _of_all_tokens(self, own: Routed) -> Routed:
         """Sums in one message, where there are others to tell."""
-        counted = torch.cat((own.load, own.dropped[:, None], own.ties[:, None]), 1)
-        counted = self.reach.total(counted)
-        return Routed(counted[:, :-2], counted[:, -2], self.reach.mean(own.entropy), counted[:, -1])
+        parts = own.load, own.dropped[:, None], own.ties[:, None], own.flow.flatten(1)
+        counted = self.reach.total(torch.cat(parts, 1))
+        load, dropped, ties, flow = counted.split([part.shape[1] for part in parts], 1)
+        entropy = self.reach.mean(own.entropy)
+        return Routed(load, dropped[:, 0], entropy, ties[:, 0], flow.view_as(own.flow))
 
     def _penalty(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor:
         """(batch,) balance and z losses of each sample."""
@@ -213,8 +225,11 @@ class Router(nn.Module):
 
 def tokens_choose(
     scores: Tensor, bias: Tensor | None, routing: Routing, mask: Tensor | None
-) -> tuple[Slots, Routed]:
-    """Each token takes the experts of its highest scores (batch, tokens, experts)."""
+) -> tuple[Slots, Routed, Tensor]:
+    """Each token takes the experts of its highest scores (batch, tokens, experts).
+
+    The last of the three is `Decision.asked`.
+    """
     batch, tokens, experts = scores.shape
     chosen = routing.chosen
     ranked = scores.detach() if bias is None else scores.detach() + bias
@@ -226,6 +241,7 @@ def tokens_choose(
     weight = weight * routing.scale
     asked = F.one_hot(expert, experts)
     load = asked.sum((1, 2)).float()
+    ties = _ties(best.values, chosen)
     kept = None
     if routing.capacity:
         places = min(tokens, math.ceil(routing.capacity * chosen * tokens / experts))
@@ -235,11 +251,16 @@ def tokens_choose(
         weight = weight * mask
     found = asked if kept is None else asked * kept.unsqueeze(-1)
     slots = _in_order(expert, weight, kept, found.sum((0, 1, 2)))
-    return slots, Routed(load, dropped, _entropy(scores), _ties(best.values, chosen))
+    return slots, Routed(load, dropped, _entropy(scores), ties, _no_flow(load)), asked.sum(2) > 0
 
 
-def experts_choose(scores: Tensor, routing: Routing, mask: Tensor | None) -> tuple[Slots, Routed]:
-    """In each sample every expert takes as many tokens, those that score it highest."""
+def experts_choose(
+    scores: Tensor, routing: Routing, mask: Tensor | None
+) -> tuple[Slots, Routed, Tensor]:
+    """In each sample every expert takes as many tokens, those that score it highest.
+
+    The last of the three is `Decision.asked`.
+    """
     batch, tokens, experts = scores.shape
     places = expert_places(routing, tokens)
     ranked = scores.detach().transpose(1, 2)
@@ -253,10 +274,11 @@ def experts_choose(scores: Tensor, routing: Routing, mask: Tensor | None) -> tup
     rows = token + tokens * torch.arange(batch, device=token.device)[:, None, None]
     counts = torch.full((experts,), batch * places, device=token.device)
     slots = Slots(rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten(), counts)
-    reached = F.one_hot(token, tokens).sum((1, 2)) > 0
+    asked = F.one_hot(token, tokens).sum(2).transpose(1, 2) > 0
     load = torch.full((batch, experts), float(places), device=token.device)
-    dropped = (~reached).sum(-1).float()
-    return slots, Routed(load, dropped, _entropy(scores), _ties(best.values, places))
+    dropped = (~asked.any(-1)).sum(-1).float()
+    ties = _ties(best.values, places)
+    return slots, Routed(load, dropped, _entropy(scores), ties, _no_flow(load)), asked
 
 
 def expert_places(routing: Routing, tokens: int) -> int:
@@ -275,6 +297,33 @@ def gated_unit(x: Tensor, state: Tensor | None, cell: Cell) -> Tensor:
     return torch.lerp(new, before, update)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension of float32 logits; experts in another order have the same bits.
+
+    Powers are added up in whole multiples of 1 / GRAINS, which float64 adds without rounding.
+    """
+    scores: Tensor = _Softmax.apply(logits)
+    return scores
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        powers = (logits - logits.amax(-1, keepdim=True)).exp()
+        total = (powers.double() * GRAINS).round().sum(-1, keepdim=True) / GRAINS
+        scores = powers / total.to(powers.dtype)
+        ctx.save_for_backward(scores)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (scores,) = ctx.saved_tensors
+        scaled = gradient * scores
+        result: Tensor = scaled - scores * scaled.sum(-1, keepdim=True)
+        return result
+
+
 def rounded(weight: Tensor) -> Tensor:
     """A weight in float32, of the same bits whether it was gathered in bfloat16 or is rounded here."""
     return weight.to(dtype_of_products(weight)).float()
@@ -291,6 +340,18 @@ def drop_nothing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Router) and module.routing.chooser == "tokens":
             module.routing = replace(module.routing, capacity=0.0)
+
+
+def is_traced(model: nn.Module) -> bool:
+    """Whether the routers of a network count from which experts their tokens come."""
+    return any(module.traced for module in model.modules() if isinstance(module, Router))
+
+
+def trace_flow(model: nn.Module) -> None:
+    """Let all routers of a network count from which experts their tokens come, in place."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.traced = True
 
 
 @torch.no_grad()
@@ -336,6 +397,17 @@ def _in_order(expert: Tensor, weight: Tensor, kept: Tensor | None, counts: Tenso
         place = kept.flatten().nonzero().squeeze(1)
         order = place[flat[place].argsort(stable=True)]
     return Slots(order // chosen, weights[order], counts)
+
+
+def _flow(before: Tensor | None, asked: Tensor) -> Tensor:
+    """(batch, experts, experts) `Routed.flow`; products of zeros and ones, which are exact."""
+    here = asked.float()
+    there = torch.zeros_like(here) if before is None else before.float()
+    return there.transpose(1, 2) @ here
+
+
+def _no_flow(load: Tensor) -> Tensor:
+    return load.new_zeros(len(load), 0, 0)
 
 
 def _shares(load: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from flows.batch import Batch
 from flows.initialise import rules_of
-from flows.models.routers import routing_shape
+from flows.models.routers import is_traced, routing_shape
 from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
 from flows.routed import Mixed, Routed
@@ -179,18 +179,21 @@ class PipelinedEngine(NativeEngine):
         if self._shape is None:
             return None
         layers, experts = self._shape
+        side = experts if is_traced(self._pipeline.single) else 0
         parts = []
         for number, batch in enumerate(microbatches):
             if number in compared:
-                load, *rest = self._routed[number]
-                parts.append(torch.cat((load, *(value.unsqueeze(-1) for value in rest)), -1))
+                told = self._routed[number]
+                own = [value.reshape(len(batch), layers, -1) for value in told[:4]]
+                parts.append(torch.cat((*own, told.flow.flatten(2)), -1))
             else:
-                shape = len(batch), layers, experts + 3
+                shape = len(batch), layers, experts + 3 + side**2
                 parts.append(torch.zeros(shape, device=self.device))
         line = torch.cat(parts)
         dist.all_reduce(line, group=self._pp)
-        load, *rest = line.split((experts, 1, 1, 1), -1)
-        return Routed(load, *(value.squeeze(-1) for value in rest))
+        load, *rest, flow = line.split((experts, 1, 1, 1, side**2), -1)
+        dropped, entropy, ties = (value.squeeze(-1) for value in rest)
+        return Routed(load, dropped, entropy, ties, flow.unflatten(-1, (side, side)))
 
     def _sum_gradients(self) -> None:
         """Of conditions over the pipeline; of whatever is not cut over data ranks, over these."""

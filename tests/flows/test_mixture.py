@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.models.mixture import Experts, Mixture
-from flows.models.routers import RouterCell, Routing, rebalance
+from flows.models.routers import RouterCell, Routing, rebalance, softmax
 
 BATCH, TOKENS, WIDTH, HIDDEN, SHARED = 3, 6, 8, 16, 8
 EXPERTS, CHOSEN, RECURRENT = 5, 2, 8
@@ -192,8 +192,8 @@ def gradients(mixture, cell, given, function) -> dict[str, Tensor]:
 
 def ours(mixture: Mixture, cell: RouterCell | None, given: dict[str, Tensor]):
     weights = cell.weights() if cell is not None else None
-    y, penalty, _, state = mixture(given["x"], given.get("state"), weights, given.get("mask"))
-    return y, penalty, state
+    y, decision = mixture(given["x"], given.get("state"), weights, given.get("mask"))
+    return y, decision.penalty, decision.state
 
 
 def doubled(module):
@@ -229,7 +229,7 @@ def test_every_router_equals_a_double_loop(name: str, masked: bool) -> None:
 def test_statistics_count_what_was_asked_and_what_was_dropped() -> None:
     mixture, _ = made(replace(PLAIN, capacity=0.5))
     x = inputs(PLAIN)["x"]
-    slots, _, routed, _ = mixture.router(x)
+    slots, _, routed, *_ = mixture.router(x)
     assert torch.equal(routed.load.sum(-1), torch.full((BATCH,), float(TOKENS * CHOSEN)))
     places = math.ceil(0.5 * CHOSEN * TOKENS / EXPERTS)
     assert torch.equal(routed.dropped, (routed.load - places).clamp_min(0).sum(-1))
@@ -243,14 +243,14 @@ def test_statistics_count_what_was_asked_and_what_was_dropped() -> None:
     assert torch.equal(routed.ties, torch.zeros(BATCH))
     alike, _ = made(PLAIN)
     nn.init.zeros_(alike.router.gate.weight)
-    _, _, routed, _ = alike.router(x)
+    _, _, routed, *_ = alike.router(x)
     assert torch.equal(routed.ties, torch.full((BATCH,), float(TOKENS)))
     assert torch.allclose(routed.entropy, torch.full((BATCH,), math.log(EXPERTS)))
 
 
 def test_where_experts_choose_all_have_as_much_and_tokens_may_be_left_out() -> None:
     mixture, _ = made(replace(PLAIN, chooser="experts", chosen=1))
-    slots, _, routed, _ = mixture.router(inputs(PLAIN)["x"])
+    slots, _, routed, *_ = mixture.router(inputs(PLAIN)["x"])
     assert len(set(slots.counts.tolist())) == 1
     reached = torch.zeros(BATCH * TOKENS, dtype=torch.bool)
     reached[slots.token] = True
@@ -263,19 +263,46 @@ def test_a_balanced_router_costs_its_weight(balance: str) -> None:
     mixture, _ = made(replace(PLAIN, balance=balance, balance_weight=0.01))
     mixture.router.reset_buffers()
     nn.init.zeros_(mixture.router.gate.weight)
-    _, penalty, _, _ = mixture.router(inputs(PLAIN)["x"])
+    _, penalty, *_ = mixture.router(inputs(PLAIN)["x"])
     assert torch.allclose(penalty, torch.full((BATCH,), 0.01))
 
 
-def test_permuted_experts_compute_the_same() -> None:
-    mixture, _ = made(PLAIN)
+@pytest.mark.parametrize("name", ["softmax", "renormalised", "sigmoid", "one expert"])
+def test_permuted_experts_compute_the_same_bits(name: str) -> None:
+    mixture, _ = made(OPTIONS[name])
     x = inputs(PLAIN)["x"]
     before = mixture(x)[0]
     order = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for weight in (mixture.router.gate.weight, mixture.experts.up, mixture.experts.down):
             weight.copy_(weight[order].clone())
-    assert torch.allclose(mixture(x)[0], before, atol=1e-6)
+    assert torch.equal(mixture(x)[0], before)
+
+
+def test_the_softmax_is_the_usual_one_in_any_order_of_experts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4096, 64, generator=generator)
+    order = torch.randperm(64, generator=generator)
+    assert torch.equal(softmax(logits)[:, order], softmax(logits[:, order]))
+    assert torch.allclose(softmax(logits), logits.double().softmax(-1).float(), rtol=1e-5, atol=0)
+
+
+def test_a_traced_router_counts_pairs_of_experts() -> None:
+    mixture, _ = made(PLAIN)
+    mixture.router.traced = True
+    x = inputs(PLAIN)["x"]
+    first = mixture.router(x)
+    assert not first.routed.flow.any()
+    second = mixture.router(2 - x, before=first.asked)
+    expected = torch.zeros(BATCH, EXPERTS, EXPERTS)
+    for sample in range(BATCH):
+        for one, other in zip(first.asked[sample], second.asked[sample], strict=True):
+            assert int(one.sum()) == int(other.sum()) == CHOSEN
+            for i in one.nonzero().flatten():
+                for j in other.nonzero().flatten():
+                    expected[sample, i, j] += 1
+    assert torch.equal(second.routed.flow, expected)
+    assert torch.equal(second.routed.flow.sum(1), CHOSEN * second.routed.load)
 
 
 def test_a_bias_changes_the_choice_and_not_the_weights() -> None:
@@ -283,7 +310,7 @@ def test_a_bias_changes_the_choice_and_not_the_weights() -> None:
     x = inputs(PLAIN)["x"]
     mixture.router.bias.zero_()
     mixture.router.bias[3] = 100.0
-    slots, _, routed, _ = mixture.router(x)
+    slots, _, routed, *_ = mixture.router(x)
     assert torch.equal(routed.load[:, 3], torch.full((BATCH,), float(TOKENS)))
     scores = (x @ mixture.router.gate.weight.T).softmax(-1)[..., 3].flatten()
     begin = int(slots.counts[:3].sum())
@@ -301,8 +328,10 @@ def test_a_sample_is_routed_alike_in_any_batch() -> None:
         whole = mixture(x)
         parts = [mixture(one[None]) for one in x]
         assert torch.allclose(torch.cat([part[0] for part in parts]), whole[0], atol=1e-6)
-        assert torch.equal(torch.cat([part[2].load for part in parts]), whole[2].load)
-        assert torch.allclose(torch.cat([part[1] for part in parts]), whole[1], atol=1e-6)
+        said, of_whole = [part[1] for part in parts], whole[1]
+        assert torch.equal(torch.cat([one.routed.load for one in said]), of_whole.routed.load)
+        penalties = torch.cat([one.penalty for one in said])
+        assert torch.allclose(penalties, of_whole.penalty, atol=1e-6)
 
 
 def test_rebalancing_moves_biases_and_remembers_shares() -> None:
@@ -331,7 +360,7 @@ def test_biases_balance_a_router_that_prefers_an_expert() -> None:
     x = torch.randn(16, 32, WIDTH, generator=torch.Generator().manual_seed(4)) + 0.5
     loads = []
     for _ in range(200):
-        _, _, routed, _ = mixture.router(x)
+        _, _, routed, *_ = mixture.router(x)
         load = routed.load.sum(0)
         rebalance([mixture.router], load[None], torch.zeros(()))
         loads.append(float(load.max() / load.mean()))

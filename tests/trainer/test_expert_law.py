@@ -10,13 +10,14 @@ from flows.errors import UserError
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs, ties
+from trainer import metrics_log
 from trainer.assembly import plan
 from trainer.recipe import override_recipe
 
 pytestmark = pytest.mark.timeout(600)
 
 EXACT = 1e-5
-CAPACITY = "model.capacity=1.0"
+CAPACITY, TRACED = "model.capacity=1.0", "train.trace_experts=4"
 MOVED = "ep4 after one rank"
 # Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
 UNBOUND = ["model.capacity=0", "model.balance=sequence"]
@@ -45,7 +46,7 @@ MORE_NAMES = [name for layouts in MORE_LAYOUTS.values() for name in layouts]
 
 def recipe(folder: Path, changes: list[str]):
     every = f"checkpoint.every={families.HALF}"
-    return override_recipe(families.recipe("dit_moe", folder), [CAPACITY, every, *changes])
+    return override_recipe(families.recipe("dit_moe", folder), [CAPACITY, TRACED, every, *changes])
 
 
 def train_all(ranks: Ranks, folder: str, layouts: dict[str, list[str]]) -> int:
@@ -114,6 +115,9 @@ def hold(ours: Path, theirs: Path, *, cut: bool = True) -> None:
         for key in ("load", "load_by_time", "dropped", "imbalance"):
             assert one[key] == other[key], key
         assert one["entropy"] == pytest.approx(other["entropy"], rel=EXACT)
+    traces = [metrics_log.read(place / "routing.jsonl") for place in (ours, theirs)]
+    assert traces[0] == traces[1]
+    assert len(traces[0]) == families.STEPS // 4
     assert ("slices" in runs.manifests(ours)[families.STEPS].layout) == cut
     # Pictures are rounded to whole levels, so that one may fall on the other side.
     assert (drawn(ours) - drawn(theirs)).abs().max() <= 1
@@ -177,6 +181,12 @@ def test_what_cannot_be_divided_is_refused(tmp_path, changes, ranks, sentence):
 def test_routers_that_need_whole_sequences_are_not_given_parts(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         plan(recipe(tmp_path, changes), 2)
+
+
+def test_a_model_without_experts_is_not_traced(tmp_path):
+    dense = override_recipe(families.recipe("dit", tmp_path), ["train.trace_experts=4"])
+    with pytest.raises(UserError, match=r"train\.trace_experts = 4 counts .* has 0 of these"):
+        plan(dense, 1)
 
 
 def test_models_without_experts_are_refused(tmp_path):

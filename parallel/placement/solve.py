@@ -1,0 +1,100 @@
+"""One call for a placement: how even ranks can be, then the fewest hops among placements as even.
+
+Balance comes first: a bound on each layer's busiest rank, `Problem.limit` times the mean or the least that
+is reached; affinity is then made the most of under it. Small problems are solved exactly, others by
+alternating assignment.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flows.errors import UserError
+from parallel.mesh import divisors
+from parallel.placement import exact
+from parallel.placement.alternating import alternate, balanced
+from parallel.placement.problem import Places, Problem, Reals, busyness, kept
+
+Method = Literal["auto", "exact", "alternating"]
+METHODS: tuple[Method, ...] = ("auto", "exact", "alternating")
+# Variables of the integer program up to which a proven optimum takes seconds.
+SMALL = 1000
+# Float64 sums of the same counts in another order.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement, and how it was found.
+
+    method: exact or alternating
+    why: of that choice, in words
+    proven: no placement with loads as even has fewer hops
+    """
+
+    places: Places
+    method: Method
+    why: str
+    proven: bool
+
+
+def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: float) -> Placed:
+    """The best placement found.
+
+    starts, seed: of the alternating assignment
+    seconds: that the integer program may take
+    Raises UserError for ranks that do not divide the experts, or a limit below 1.
+    """
+    _check(problem)
+    size = exact.variables(problem)
+    small = size <= SMALL
+    chosen: Method = method if method != "auto" else "exact" if small else "alternating"
+    why = f"as asked; the program has {size:,} variables"
+    if method == "auto":
+        why = f"the program has {size:,} variables, {'at most' if small else 'more than'} {SMALL:,}"
+    caps = load_caps(problem, seconds if chosen == "exact" else 0.0)
+    found = alternate(problem, caps, starts=starts, seed=seed)
+    if chosen == "alternating":
+        return Placed(found, chosen, why, proven=False)
+    solved = exact.fewest_hops(problem, caps, seconds)
+    if not solved.proven:
+        why += f", and {seconds:g} s were too short for a proof"
+    if solved.places is None or kept(problem.flow, solved.places) < kept(problem.flow, found):
+        return Placed(found, chosen, why, solved.proven)
+    return Placed(solved.places, chosen, why, solved.proven)
+
+
+def load_caps(problem: Problem, seconds: float) -> Reals:
+    """(layers,) how busy the busiest rank may be.
+
+    seconds: for a proof, where exchanges of experts do not reach the limit; 0: they are believed
+    """
+    if math.isinf(problem.limit):
+        return np.full(problem.layers, np.inf)
+    return np.array([_cap(own, problem, seconds) for own in problem.load])
+
+
+def _cap(load: Reals, problem: Problem, seconds: float) -> float:
+    mean = float(load.sum()) / problem.ranks
+    least = float(busyness(balanced(load, problem.ranks), load, problem.ranks).max())
+    if least > problem.limit * mean and seconds:
+        even = exact.most_even(load, problem.ranks, seconds)
+        if even is not None:
+            least = min(least, float(busyness(even, load, problem.ranks).max()))
+    return max(least, problem.limit * mean) * (1 + ROUNDING)
+
+
+def _check(problem: Problem) -> None:
+    if problem.ranks < 2 or problem.experts % problem.ranks:
+        useful = divisors(problem.experts).removeprefix("1, ").removeprefix("1 or ")
+        raise UserError(
+            f"--ranks {problem.ranks}: {problem.experts} experts a layer lie on {useful} ranks, as many on "
+            "each; choose one of these."
+        )
+    if not problem.limit >= 1:
+        raise UserError(
+            f"--limit {problem.limit:g} is below 1, the load of a rank where all have the same; use 1.05, or "
+            "inf to place by hops alone."
+        )
