@@ -81,6 +81,17 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
+class Row:
+    """One claim: what was asked for, what was found, whether it is met."""
+
+    paper: str
+    claim: str
+    gate: str
+    measured: str
+    met: bool
+
+
+@dataclass(frozen=True)
 class Trained:
     """A network and what it was trained on."""
 

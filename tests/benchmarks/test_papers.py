@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import calibration
 from benchmarks.calibration import Baseline, energy, fresh_data, fresh_noise, objective, train
-from benchmarks.papers import CHECKS, discrete, measure
+from benchmarks.papers import CHECKS, measure
+from benchmarks.papers_paths import discrete
 
 
 def test_the_data_are_eight_gaussians():

@@ -1,0 +1,131 @@
+"""`flowmill bench`: what models and objectives are worth: claims of papers, sampling, experts."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cli_options import AsJson
+from flows.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.sampling import SamplingCost
+
+
+def papers(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Checks to run; all if none is named.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, data and noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Claims of papers on eight Gaussians: what was asked for, what was found. Minutes on one core."""
+    import torch
+
+    from benchmarks.papers import CHECKS, measure
+
+    if unknown := sorted(set(only or []) - CHECKS.keys()):
+        raise UserError(f"there is no check {unknown[0]}; use {', '.join(CHECKS)}.")
+    torch.set_num_threads(1)  # of so small a network a second thread only waits
+    console = Console(stderr=True)
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    rows = measure(only or list(CHECKS), seed, note)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table("paper", "claim", "gate", "measured", "", title=f"eight Gaussians, seed {seed}")
+    for row in rows:
+        table.add_row(row.paper, row.claim, row.gate, row.measured, "met" if row.met else "missed")
+    Console().print(table)
+
+
+def sampling(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe of a TarFlow or a STARFlow, to be trained first.")
+    ] = "tarflow_digits",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it; where none are given, 64 tokens and 600 steps."),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="The folder of a trained run instead.")] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Samples a batch.")] = [1, 4, 16, 64],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every way.")] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 512,
+    group: Annotated[int, typer.Option(min=2, help="Tokens of a group of GS-Jacobi.")] = 16,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.03,
+    as_json: AsJson = False,
+) -> None:
+    """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these."""
+    from benchmarks.sampling import measure_run, train_and_measure
+    from trainer.recipe import load_recipe
+
+    console = Console(stderr=True)
+    how = {"batches": batch, "rounds": rounds, "samples": samples, "group": group}
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    if run is not None:
+        result = measure_run(run, note, **how, tolerance=tolerance)
+    else:
+        chosen = load_recipe(recipe, overrides or ["model.patch=2", "train.steps=600"])
+        result = train_and_measure(chosen, note, **how, tolerance=tolerance)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+        return
+    _print_sampling(result)
+
+
+def _print_sampling(result: "SamplingCost") -> None:
+    batches = list(result.ways[0].seconds)
+    title = f"{result.model} on {result.device}, {result.threads} threads; {result.samples} samples judged"
+    table = Table(
+        "way",
+        *(f"batch {size}" for size in batches),
+        "calls",
+        "difference",
+        "distance",
+        title=title,
+    )
+    for way in result.ways:
+        times = (
+            f"{way.seconds[size] * 1e3:.0f} ms, {result.speedup(way.name, size):.2f}x"
+            for size in batches
+        )
+        judged = f"{way.network_calls:.1f}", f"{way.difference:.1e}", f"{way.distance:.4f}"
+        table.add_row(way.name, *times, *judged)
+    choices = Table("batch", "tokens of a group, the top block first (1: sequential)")
+    for size, found in result.choices.items():
+        choices.add_row(str(size), ", ".join(str(choice.strategy.group) for choice in found))
+    Console().print(table, choices)
+
+
+def experts(
+    count: Annotated[list[int], typer.Option(min=2, help="Numbers of experts.")] = [8, 16, 64],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of either way.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """A mixture of experts against a loop over its experts: forward and backward, one thread of a CPU."""
+    import torch
+
+    from benchmarks.experts import CHOSEN, SIZES, measure
+
+    torch.set_num_threads(1)
+    found = [measure(size, experts, rounds) for size in SIZES for experts in count]
+    if as_json:
+        rows = [asdict(one) | {"ratio": one.ratio, "bound": one.bound} for one in found]
+        typer.echo(json.dumps(rows))
+        return
+    columns = ("layer of", "experts", "tokens/s", "loop's", "ratio", "products alone", "apart")
+    table = Table(*columns, title=f"{CHOSEN} experts a token, one thread, median of {rounds}")
+    for one in found:
+        speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.mixture, one.loop))
+        ratios = f"{one.ratio:.2f}x", f"{one.bound:.2f}x", f"{one.difference:.1e}"
+        table.add_row(one.size, str(one.experts), *speeds, *ratios)
+    Console().print(table)
