@@ -6,14 +6,16 @@ forward of one microbatch whose tensors have shapes and no memory.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,21 +23,27 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from flows.batch import Batch
 from flows.errors import UserError
 from flows.models.family import Architecture, parameter_count
+from flows.models.routers import drop_nothing
 from flows.randomness import Draw
 from parallel.activation import Recompute
 from parallel.fsdp import gathered_bytes
 from parallel.memory import LiveBytes, held_bytes
 from parallel.mesh import AXES, Layout, build_mesh
 from parallel.parallelize import FlowModel, ParallelModel, lay_out
+from parallel.pipeline.cut import Bounds, cut
+from parallel.pipeline.laid import lay_out_stages
+from parallel.pipeline.part import Part
+from parallel.pipeline.schedule import FREES, Schedule, Work
 from parallel.precision import computing
 from trainer.assembly import build_objective, check_layout, model_architecture
 from trainer.engines import accumulates, place
+from trainer.pipelines import chain_costs, schedule_of
 from trainer.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of the first rank, which holds as much as any.
+    """Bytes of the first rank, which holds as much as any; of pipelines, of a rank that holds most.
 
     whole: parameters of the model, a number each
     offloaded: what lies there between steps is on the host, and no part of the total
@@ -43,6 +51,7 @@ class RankMemory:
     gathered: weights of other ranks that are there while blocks compute
     activations: what the forward of a microbatch keeps for its backward
     recomputed: what one block keeps while it is computed again, the mean of the blocks that are
+    messages: of pipelines, what comes of each microbatch from the ranks before and after, and goes to them
     """
 
     ranks: int
@@ -56,6 +65,7 @@ class RankMemory:
     gathered: int
     activations: int
     recomputed: int
+    messages: int = 0
 
     @property
     def total(self) -> int:
@@ -63,7 +73,7 @@ class RankMemory:
         return sum(found[name] for name in (DEVICE if self.offloaded else HELD))
 
 
-DEVICE = ("gathered", "activations", "recomputed")
+DEVICE = ("gathered", "activations", "recomputed", "messages")
 HELD = ("parameters", "gradients", "optimizer", "averages", *DEVICE)
 
 
@@ -76,13 +86,10 @@ def measure(recipe: Recipe, ranks: int) -> RankMemory:
         )
     placement = place(recipe, ranks)
     architecture, layout = model_architecture(recipe), placement.layout
-    if layout.pp > 1:
-        raise UserError(
-            f"parallel.pp = {layout.pp} gives every rank another part of the model, of which this benchmark "
-            "knows nothing; use parallel.pp=1."
-        )
     check_layout(recipe, layout, architecture)
-    with pretended_ranks(ranks):
+    if layout.pp > 1:
+        return max(measure_pipeline(recipe, ranks), key=lambda found: found.total)
+    with pretended_ranks(ranks, 0):
         mesh = build_mesh(layout, torch.device("cpu"))
         with torch.device("meta"):
             model = architecture.build()
@@ -97,9 +104,7 @@ def measure(recipe: Recipe, ranks: int) -> RankMemory:
         activations, recomputed = _activations(recipe, architecture, mesh, layout)
     return RankMemory(
         ranks=ranks,
-        layout=" x ".join(
-            f"{axis} {n}" for axis in (*AXES, "ep") if (n := getattr(layout, axis)) > 1
-        ),
+        layout=_in_words(layout),
         whole=whole,
         offloaded=recipe.parallel.offload,
         parameters=parameters,
@@ -112,10 +117,147 @@ def measure(recipe: Recipe, ranks: int) -> RankMemory:
     )
 
 
+def measure_pipeline(recipe: Recipe, ranks: int) -> list[RankMemory]:
+    """What each rank of the first pipeline holds; blocks stay gathered, and their gradients whole."""
+    layout, architecture = place(recipe, ranks).layout, model_architecture(recipe)
+    schedule = schedule_of(recipe, layout)
+    bounds = cut(chain_costs(recipe, architecture, None)[1], schedule.places[0])
+    with torch.device("meta"):
+        model = architecture.build()
+    with pretended_ranks(ranks, 0):
+        stages = _of_stages(recipe, architecture, layout, schedule, bounds)
+    found = []
+    for rank in range(layout.pp):
+        with pretended_ranks(ranks, rank * (ranks // layout.pp)):
+            laid = lay_out_stages(
+                partial(deepcopy, model),
+                build_mesh(layout, torch.device("cpu")),
+                layout,
+                bounds,
+                schedule.local(rank),
+                device=torch.device("cpu"),
+                precision=recipe.train.precision,
+                checkpoint_activations=recipe.train.recompute,
+            )
+        parameters = held_bytes(laid.held.values())
+        whole_ones = 4 * sum(parameter.numel() for parameter in laid.parameters.values())
+        found.append(
+            RankMemory(
+                ranks=ranks,
+                layout=_in_words(layout),
+                whole=parameter_count(model),
+                offloaded=False,
+                parameters=parameters,
+                gradients=whole_ones,
+                optimizer=2 * parameters,
+                averages=len(recipe.train.ema) * parameters,
+                gathered=sum(_gathered(recipe, part) for part in laid.parts.values()),
+                activations=_most(schedule, rank, [stage.kept for stage in stages]),
+                recomputed=max(stages[stage].recomputed for _, stage in schedule.local(rank)),
+                messages=_messages(schedule, rank, stages),
+            )
+        )
+    return found
+
+
+class StageBytes(NamedTuple):
+    """Of one microbatch.
+
+    kept: what the forward leaves for the backward
+    recomputed: what one of the blocks adds while it is computed again
+    after: the gradient of what goes to the stage after
+    """
+
+    kept: int
+    recomputed: int
+    after: int
+
+
+def _of_stages(
+    recipe: Recipe,
+    architecture: Architecture,
+    layout: Layout,
+    schedule: Schedule,
+    bounds: Bounds,
+) -> list[StageBytes]:
+    mesh, cpu = build_mesh(layout, torch.device("cpu")), torch.device("cpu")
+    whole = replace(layout, strategy="none", ep=1)
+    every = recipe.train.recompute.every
+    found = []
+    with _without_memory():
+        batch = _microbatch(recipe, recipe.train.batch // layout.data_size)
+        prepared = build_objective(recipe).prepare(batch, Draw(recipe.seed, 0, batch.position))
+        rest = {name: value for name, value in prepared.inputs.items() if name != "x"}
+        stream: tuple[Tensor, ...] = (prepared.inputs["x"],)
+        for stage in range(schedule.stages):
+            kept = []
+            for recompute in (recipe.train.recompute, Recompute(0)):
+                laid = lay_out_stages(
+                    partial(_network, architecture),
+                    mesh,
+                    whole,
+                    bounds,
+                    [(0, stage)],
+                    device=cpu,
+                    precision=recipe.train.precision,
+                    checkpoint_activations=recompute,
+                )
+                part = laid.parts[0, stage]
+                _as_gathered(recipe, layout, part)
+                with LiveBytes() as live:
+                    outputs = part(*stream, **rest)
+                    kept.append(live.now)
+            again = -(-len(part.blocks) // every) if every else 0
+            several = outputs if isinstance(outputs, tuple) else (outputs,)
+            stream = tuple(t.detach().requires_grad_(t.requires_grad) for t in several)
+            after = sum(t.numel() * t.element_size() for t in stream if t.requires_grad)
+            found.append(StageBytes(kept[0], (kept[1] - kept[0]) // max(again, 1), after))
+    return found
+
+
+def _most(schedule: Schedule, rank: int, kept: Sequence[int]) -> int:
+    """The most bytes that forwards have left on a rank and backwards have not taken yet."""
+    held = most = 0
+    for action in schedule.actions[rank]:
+        if action.work is Work.FORWARD:
+            held += kept[action.stage]
+        elif action.work in FREES:
+            held -= kept[action.stage]
+        most = max(most, held)
+    return most
+
+
+def _messages(schedule: Schedule, rank: int, stages: Sequence[StageBytes]) -> int:
+    """Places for what comes in, of all microbatches of a schedule, and what was sent, until the step ends.
+
+    What goes on between two stages, and the gradient of that, are of one size.
+    """
+    total, each = 0, schedule.microbatches // schedule.directions
+    for direction, stage in schedule.local(rank):
+        places = schedule.places[direction]
+        for border in (stage - 1, stage):
+            if 0 <= border < schedule.stages - 1:
+                sent = each if places[border] != places[border + 1] else 0
+                total += (schedule.microbatches + sent) * stages[border].after
+    return total
+
+
+def _gathered(recipe: Recipe, part: Part) -> int:
+    """Of a part's whole weights; those by which conditions are computed are whole anyway."""
+    wide = 2 if recipe.train.precision == "bf16" else 4
+    told = sum(parameter_count(module) for module in part.told.values())
+    gathered = gathered_bytes(part, wide, reshard_after_forward=False)
+    return gathered - wide * told if gathered else 0
+
+
+def _in_words(layout: Layout) -> str:
+    return " x ".join(f"{axis} {n}" for axis in (*AXES, "ep") if (n := getattr(layout, axis)) > 1)
+
+
 @contextmanager
-def pretended_ranks(count: int) -> Iterator[None]:
-    """A process group of so many ranks of which this is the first, and whose collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+def pretended_ranks(count: int, rank: int) -> Iterator[None]:
+    """A process group of so many ranks of which this is one, and whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     try:
         yield
     finally:
@@ -162,13 +304,9 @@ def _kept(
     objective, cpu = build_objective(recipe), torch.device("cpu")
     # Where loads are balanced, as many tokens come to a rank's experts as leave for those of others.
     whole = replace(layout, strategy="none", ep=1)
-    with FakeTensorMode(), cpu, warnings.catch_warnings():
-        # Copying a model whose tensors have no memory asks where their memory is.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        network = _laid_out(recipe, architecture.build(), mesh, whole, recompute).bare
-        if recipe.train.precision == "bf16" and layout.strategy in ("fsdp", "hsdp"):
-            for parameter in network.parameters():  # as FSDP gathers them
-                parameter.data = parameter.data.bfloat16()
+    with _without_memory():
+        network = _laid_out(recipe, _network(architecture), mesh, whole, recompute).bare
+        _as_gathered(recipe, layout, network)
         batch = _microbatch(recipe, recipe.train.batch // layout.data_size)
         prepared = objective.prepare(batch, Draw(recipe.seed, 0, batch.position))
         with LiveBytes() as live, computing(recipe.train.precision, cpu):
@@ -176,6 +314,29 @@ def _kept(
             kept: int = live.now
         del outputs
     return kept
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Tensors that are made within have shapes, on a CPU, and no memory."""
+    with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
+        # Copying a model whose tensors have no memory asks where their memory is.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
+
+
+def _network(architecture: Architecture) -> nn.Module:
+    """Every token finds a place at its experts: how many would not is not known beforehand."""
+    network = architecture.build()
+    drop_nothing(network)
+    return network
+
+
+def _as_gathered(recipe: Recipe, layout: Layout, network: nn.Module) -> None:
+    """Weights as FSDP gathers them."""
+    if recipe.train.precision == "bf16" and layout.strategy in ("fsdp", "hsdp"):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.bfloat16()
 
 
 def _microbatch(recipe: Recipe, local: int) -> Batch:

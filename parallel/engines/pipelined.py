@@ -11,9 +11,8 @@ experts over `ep`.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,50 +21,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from flows.batch import Batch
-from flows.initialise import rules_of
 from flows.models.routers import is_traced, routing_shape
 from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
 from flows.routed import Mixed, Routed
-from parallel.activation import Recompute, checkpoint_blocks
+from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
 from parallel.engines.native import NativeEngine
-from parallel.expert import NOTHING, Scattered, expert_mesh, scatter_experts
-from parallel.fsdp import shard_model
 from parallel.gradients import EPSILON, gradient_norm, sum_partial
-from parallel.initialise import fill_parameters
-from parallel.mesh import DATA_AXES, PEER_AXES, Layout, averaging_mesh, data_rank, groups_along
-from parallel.parallelize import ParallelModel, share_work
-from parallel.pieces import Cut, Slice, local_part, whole_tensor
-from parallel.pipeline.cut import Bounds, cut
-from parallel.pipeline.part import Chainable, Part
-from parallel.pipeline.runtime import Held, Runtime
+from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
+from parallel.parallelize import ParallelModel
+from parallel.pieces import local_part, whole_tensor
+from parallel.pipeline.laid import Pipeline, lay_pipeline
+from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
-from parallel.precision import Precision, computing, gather_policy
-from parallel.tensor import Divided
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """A model over the ranks of one pipeline, as one of them holds it.
-
-    single: the model as one device has it, on the meta device
-    parts: (direction, stage) -> what this rank computes
-    parameters: single-device name -> parameter, as far as this rank holds it
-    told: names of those by which conditions are computed, which are on every rank
-    counted: names of those whose gradients this rank counts in the norm, so that none is counted twice
-    owners: single-device name -> the rank of the pipeline that gives the parameter to others
-    divided: how parameters are cut over `tp` and `ep`
-    """
-
-    single: nn.Module
-    parts: dict[Held, Part]
-    parameters: dict[str, nn.Parameter]
-    told: tuple[str, ...]
-    counted: tuple[str, ...]
-    owners: dict[str, int]
-    divided: Divided
+from parallel.precision import Precision, computing
 
 
 class PipelinedEngine(NativeEngine):
@@ -266,105 +237,6 @@ def _apart(
         for wanted in (True, False)
     ]
     return Together([factory(half) for half in halves])
-
-
-def lay_pipeline(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    layout: Layout,
-    schedule: Schedule,
-    costs: Sequence[float],
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-) -> Pipeline:
-    """Cut `model`, on the meta device, by the costs of its links, and draw this rank's weights."""
-    rank = mesh.get_local_rank("pp")
-    rules = rules_of(cast(Chainable, model))
-    bounds = cut(costs, schedule.places[0])
-    context = partial(computing, precision, device)
-    parts: dict[Held, Part] = {}
-    cuts: dict[str, Cut] = {}
-    partials: set[str] = set()
-    experts: dict[Held, Scattered] = {}
-    axes = expert_mesh(mesh, layout) if layout.ep > 1 else None
-    for held in schedule.local(rank):
-        copy = deepcopy(model)
-        divided = share_work(copy, mesh, layout)
-        cuts |= divided.cuts
-        partials |= set(divided.partial)
-        parts[held] = Part(copy, bounds[held[1]], bounds[held[1] + 1], context)
-        experts[held] = NOTHING if axes is None else scatter_experts(copy, axes, layout)
-        cuts |= experts[held].cuts
-    first, *others = parts.values()
-    for part in others:
-        part.share(first)
-    named = [(part, [name for name, _ in part.model.named_parameters()]) for part in parts.values()]
-    for held, part in parts.items():
-        checkpoint_blocks(part.model, part.blocks, checkpoint_activations)
-        if layout.strategy in ("fsdp", "hsdp"):
-            _cut_over_data(part, experts[held], mesh, layout, precision)
-        part.model.to_empty(device=device)
-    parameters: dict[str, nn.Parameter] = {}
-    for part, names in named:
-        # Wrapping adds prefixes to names but keeps the order of parameters.
-        parameters |= dict(zip(names, part.model.parameters(), strict=True))
-    cast(Chainable, first.model).reset_buffers()
-    for part in others:
-        _share_buffers(part.model, first.model)
-    own = {name: cut_ for name, cut_ in cuts.items() if name in parameters}
-    divided = Divided(own, tuple(name for name in parameters if name in partials))
-    placed = {n: Slice(p, own[n]) if n in own else p for n, p in parameters.items()}
-    fill_parameters(placed, rules, seed)
-    owners = _owners(cast(Chainable, model), schedule, bounds)
-    told = tuple(name for name in parameters if name.startswith(_tells(cast(Chainable, model))))
-    counted = tuple(name for name in parameters if owners[name] == rank)
-    return Pipeline(model, parts, parameters, told, counted, owners, divided)
-
-
-def _cut_over_data(
-    part: Part, experts: Scattered, mesh: DeviceMesh, layout: Layout, precision: Precision
-) -> None:
-    """Blocks stay gathered between microbatches, which all need them."""
-    shard_model(
-        part,
-        part.blocks,
-        averaging_mesh(mesh, layout),
-        policy=gather_policy(precision),
-        reshard_after_forward=False,
-        offload=False,
-        apart=experts.modules,
-        apart_mesh=experts.mesh,
-        uncut={weight for module in part.told.values() for weight in module.parameters()},
-    )
-    experts.finish()
-
-
-def _share_buffers(model: nn.Module, other: nn.Module) -> None:
-    """Let `model` have the buffers of another that differs in parameters and wrappers of blocks alone."""
-    kept = [[m for m in one.modules() if m._buffers] for one in (model, other)]
-    for own, its in zip(*kept, strict=True):
-        own._buffers.update(its._buffers)
-
-
-def _owners(model: Chainable, schedule: Schedule, bounds: Bounds) -> dict[str, int]:
-    """Single-device name -> the rank of the downward replica; the first for what is on all."""
-    links = model.chain().links
-    stages = range(schedule.stages)
-    owners = {}
-    for name, _ in model.named_parameters():
-        owners[name] = 0
-        for stage in stages:
-            held = links[bounds[stage] : bounds[stage + 1]]
-            if name.startswith(tuple(prefix for link in held for prefix in link.holds)):
-                owners[name] = schedule.places[0][stage]
-    return owners
-
-
-def _tells(model: Chainable) -> tuple[str, ...]:
-    return model.chain().tells
 
 
 def _without(inputs: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.engines import pipelined
+from parallel.pipeline import laid
 from parallel.pipeline.catalog import NAMES
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
@@ -113,7 +113,7 @@ def test_every_schedule_trains_what_one_rank_trains(more, one, ranks, name):
 def told_apart(ranks: Ranks, folder: str) -> int:
     """Train where each part of a rank has routers of its own, the first one's alone being told of loads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelined, "_share_buffers", lambda model, _: model.reset_buffers())
+        patch.setattr(laid, "_share_buffers", lambda model, _: model.reset_buffers())
         return train_all(ranks, folder, {"apart": [*PP2, ZBV]})
 
 
