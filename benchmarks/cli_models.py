@@ -1,7 +1,10 @@
 """`flowmill bench`: what models and objectives are worth: claims of papers, sampling, experts."""
 
 import json
+import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -109,10 +112,18 @@ def _print_sampling(result: "SamplingCost") -> None:
 def experts(
     count: Annotated[list[int], typer.Option(min=2, help="Numbers of experts.")] = [8, 16, 64],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Turns of either way.")] = 10,
+    ranks: Annotated[
+        int,
+        typer.Option(min=1, help="Ranks that the experts are divided over, beside deepspeed.moe."),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """A mixture of experts against a loop over its experts: forward and backward, one thread of a CPU."""
+    """A mixture of experts against a loop over them on one thread, or over ranks against deepspeed.moe."""
     import torch
+
+    if ranks > 1:
+        _experts_over_ranks(count, rounds, ranks, as_json=as_json)
+        return
 
     from benchmarks.experts import CHOSEN, SIZES, measure
 
@@ -128,4 +139,36 @@ def experts(
         speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.mixture, one.loop))
         ratios = f"{one.ratio:.2f}x", f"{one.bound:.2f}x", f"{one.difference:.1e}"
         table.add_row(one.size, str(one.experts), *speeds, *ratios)
+    Console().print(table)
+
+
+def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: bool) -> None:
+    from benchmarks.expert_exchange import check_installed, check_shares, exchange
+    from benchmarks.experts import SIZES
+    from launch.ranks import joined_by_launcher, run_ranks
+    from parallel.processes import start, stop
+
+    check_installed()
+    check_shares(count, ranks)
+    if not joined_by_launcher():
+        with tempfile.TemporaryDirectory() as logs:
+            sys.exit(run_ranks(sys.argv[1:], ranks, Path(logs)))
+    joined = start("cpu", timeout_seconds=600)
+    try:
+        found = [exchange(joined, size, experts, rounds) for size in SIZES for experts in count]
+    finally:
+        stop()
+    if joined.rank:
+        return
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+        return
+    columns = ("layer of", "experts", "tokens/s", "deepspeed.moe's", "ratio", "apart")
+    title = f"experts over {ranks} ranks, every expert as many tokens, median of {rounds}"
+    table = Table(*columns, title=title)
+    for one in found:
+        speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.ours, one.theirs))
+        table.add_row(
+            one.size, str(one.experts), *speeds, f"{one.ratio:.2f}x", f"{one.difference:.1e}"
+        )
     Console().print(table)

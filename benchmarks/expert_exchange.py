@@ -7,7 +7,7 @@ other, and none drops a token. Outputs and gradients are compared before anythin
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -64,6 +64,17 @@ def check_installed() -> None:
         raise UserError(
             'deepspeed is not installed, which experts over ranks are compared with; pip install "flowmill[deepspeed]"'
         )
+
+
+def check_shares(counts: Sequence[int], ranks: int) -> None:
+    """Raises UserError for numbers of experts that cannot be shared equally by ranks and tokens."""
+    for experts in counts:
+        for size, (width, _, samples, tokens) in SIZES.items():
+            if experts % ranks or samples * tokens % experts or experts > width:
+                raise UserError(
+                    f"--count {experts} of a layer of {size} cannot be shared equally by {ranks} ranks and its "
+                    f"{samples * tokens} tokens; use a multiple of {ranks} that is a power of two, at most {width}"
+                )
 
 
 def exchange(ranks: Ranks, size: str, experts: int, rounds: int) -> Exchanged:
@@ -157,12 +168,16 @@ def _theirs(whole: Mixture, ranks: Ranks) -> Side:
     own = list(layer.deepspeed_moe.experts.deepspeed_experts)
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(whole.router.gate.weight)
-        for number, expert in zip(range(*slice_of(routing.experts, ranks).indices(routing.experts)), own, strict=True):
+        for number, expert in zip(
+            range(*slice_of(routing.experts, ranks).indices(routing.experts)), own, strict=True
+        ):
             expert.up.copy_(up[number])
             expert.down.copy_(down[number])
 
     def gradients() -> list[Tensor]:
-        stacked = (torch.stack([_gradient(getattr(e, name)) for e in own]) for name in ("up", "down"))
+        stacked = (
+            torch.stack([_gradient(getattr(e, name)) for e in own]) for name in ("up", "down")
+        )
         return [_gradient(layer.deepspeed_moe.gate.wg.weight), *stacked]
 
     return Side(lambda given: layer(given)[0], layer, gradients)
