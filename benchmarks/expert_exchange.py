@@ -62,7 +62,8 @@ def check_installed() -> None:
     """Raises UserError where DeepSpeed is not."""
     if find_spec("deepspeed") is None:
         raise UserError(
-            'deepspeed is not installed, which experts over ranks are compared with; pip install "flowmill[deepspeed]"'
+            "deepspeed is not installed, which experts over ranks are compared with; "
+            'pip install "flowmill[deepspeed]"'
         )
 
 
@@ -72,8 +73,9 @@ def check_shares(counts: Sequence[int], ranks: int) -> None:
         for size, (width, _, samples, tokens) in SIZES.items():
             if experts % ranks or samples * tokens % experts or experts > width:
                 raise UserError(
-                    f"--count {experts} of a layer of {size} cannot be shared equally by {ranks} ranks and its "
-                    f"{samples * tokens} tokens; use a multiple of {ranks} that is a power of two, at most {width}"
+                    f"--count {experts} of a layer of {size} cannot be shared equally by {ranks} ranks "
+                    f"and its {samples * tokens} tokens; use a multiple of {ranks} that is a power of "
+                    f"two, at most {width}"
                 )
 
 
@@ -165,14 +167,15 @@ def _theirs(whole: Mixture, ranks: Ranks) -> Side:
         top2_2nd_expert_sampling=False,
     )
     layer.set_deepspeed_parallelism()
-    own = list(layer.deepspeed_moe.experts.deepspeed_experts)
+    own, mine = (
+        list(layer.deepspeed_moe.experts.deepspeed_experts),
+        slice_of(routing.experts, ranks),
+    )
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(whole.router.gate.weight)
-        for number, expert in zip(
-            range(*slice_of(routing.experts, ranks).indices(routing.experts)), own, strict=True
-        ):
-            expert.up.copy_(up[number])
-            expert.down.copy_(down[number])
+        for expert, first, second in zip(own, up[mine], down[mine], strict=True):
+            expert.up.copy_(first)
+            expert.down.copy_(second)
 
     def gradients() -> list[Tensor]:
         stacked = (
