@@ -54,22 +54,30 @@ def sampling(
     ] = "tarflow_digits",
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes to it; where none are given, 64 tokens and 600 steps."),
+        typer.Argument(help="Changes to it; where none are given, 64 tokens and 300 steps."),
     ] = None,
     run: Annotated[str | None, typer.Option(help="The folder of a trained run instead.")] = None,
     batch: Annotated[list[int], typer.Option(min=1, help="Samples a batch.")] = [1, 4, 16, 64],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every way.")] = 5,
-    samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 512,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a way takes no more turns at a batch.")
+    ] = 8.0,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to judge a way by.")] = 64,
     group: Annotated[int, typer.Option(min=2, help="Tokens of a group of GS-Jacobi.")] = 16,
     tolerance: Annotated[float, typer.Option(min=0, help="Of parallel iterations.")] = 0.03,
     as_json: AsJson = False,
 ) -> None:
-    """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these."""
+    """Ways to sample a flow: token by token, by parallel iterations, and the automatic choice of these.
+
+    Some minutes on two cores; what is done is told on stderr.
+    """
     from benchmarks.sampling import measure_run, train_and_measure
     from trainer.recipe import load_recipe
 
     console = Console(stderr=True)
-    how = {"batches": batch, "rounds": rounds, "samples": samples, "group": group}
+    how = {
+        "batches": batch, "rounds": rounds, "patience": patience, "samples": samples, "group": group,
+    }  # fmt: skip
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -77,10 +85,11 @@ def sampling(
     if run is not None:
         result = measure_run(run, note, **how, tolerance=tolerance)
     else:
-        chosen = load_recipe(recipe, overrides or ["model.patch=2", "train.steps=600"])
+        chosen = load_recipe(recipe, overrides or ["model.patch=2", "train.steps=300"])
         result = train_and_measure(chosen, note, **how, tolerance=tolerance)
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        goals = [asdict(goal) | {"met": goal.met} for goal in result.goals]
+        typer.echo(json.dumps(asdict(result) | {"goals": goals}))
         return
     _print_sampling(result)
 
@@ -106,7 +115,11 @@ def _print_sampling(result: "SamplingCost") -> None:
     choices = Table("batch", "tokens of a group, the top block first (1: sequential)")
     for size, found in result.choices.items():
         choices.add_row(str(size), ", ".join(str(choice.strategy.group) for choice in found))
-    Console().print(table, choices)
+    goals = Table("goal", "wanted", "found", "")
+    for goal in result.goals:
+        met = "met" if goal.met else "missed"
+        goals.add_row(goal.what, f"{goal.wanted:g}x", f"{goal.found:.2f}x", met)
+    Console().print(table, choices, goals)
 
 
 def experts(

@@ -3,7 +3,7 @@
 All carry the same noise through the same trained flow, so they differ in time, in network calls, and in
 how exactly they solve for the samples: by the root of the mean square difference from the sequential
 ones, and by the energy distance to held-out images. Ways take turns, so that a machine that slows down
-slows all of them.
+slows all of them; one that has used up its share of the time takes no more turns.
 """
 
 import statistics
@@ -45,8 +45,13 @@ from trainer.trained import load_trained
 
 Ways = Mapping[str, Strategy | list[Strategy]]
 
+AUTOMATIC = "automatic"
+# Over sequential sampling. The second is 1 but for the noise of the clock: where the choice is sequential
+# itself, both run the same code.
+FASTER, NOT_SLOWER = 3.0, 0.95
 CHUNK = 512
 JUDGED_AT_ONCE = 32
+LINES = 10  # about how many of a training
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Way:
     """One way to sample.
 
     seconds: batch size -> median seconds of a batch
+    turns: batch size -> how many that is the median of
     network_calls: passes through the depth of the network for a sample
     difference: root mean square difference from sequential samples, relative to theirs
     distance: energy distance of the samples to held-out images
@@ -61,9 +67,23 @@ class Way:
 
     name: str
     seconds: dict[int, float]
+    turns: dict[int, int]
     network_calls: float
     difference: float
     distance: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A speed over sequential sampling that is wanted of a way."""
+
+    what: str
+    wanted: float
+    found: float
+
+    @property
+    def met(self) -> bool:
+        return self.found >= self.wanted
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,16 @@ class SamplingCost:
         """Of a way over sequential sampling."""
         chosen = next(found for found in self.ways if found.name == way)
         return self.ways[0].seconds[batch] / chosen.seconds[batch]
+
+    @property
+    def goals(self) -> list[Goal]:
+        """Of the automatic choice: much faster for the smallest batch, and slower for none."""
+        sizes = sorted(self.choices)
+        speeds = {size: self.speedup(AUTOMATIC, size) for size in sizes}
+        return [
+            Goal(f"automatic, batch {sizes[0]}, over sequential", FASTER, speeds[sizes[0]]),
+            Goal("automatic, any batch, over sequential", NOT_SLOWER, min(speeds.values())),
+        ]
 
 
 @dataclass(frozen=True)
@@ -139,7 +169,7 @@ def train_and_measure(recipe: Recipe, note: Callable[[str], None], **how: Any) -
             recipe, [f"run.dir={folder}/run", "tracking.mlflow=false", "sample.every=0"]
         )
         note(f"training {recipe.name} for {recipe.train.steps} steps")
-        run_training(recipe, 1, _Nobody())
+        run_training(recipe, 1, _Told(note, recipe.train.steps))
         return measure(RunFolder(Path(recipe.run.dir)), recipe, note, **how)
 
 
@@ -156,6 +186,7 @@ def measure(
     *,
     batches: Sequence[int],
     rounds: int,
+    patience: float,
     samples: int,
     group: int,
     tolerance: float,
@@ -163,7 +194,8 @@ def measure(
     """Sample the newest checkpoint of a run in every way.
 
     batches: sizes to take times of
-    rounds: batches of each size in each way
+    rounds: batches of each size in each way, but no more than
+    patience: seconds that a way may take for the batches of one size; the first two are always taken
     samples: of each way, to judge it by
     group: tokens of a group of GS-Jacobi
     tolerance: of iterations, see `flows.samplers.inversion.invert`
@@ -179,18 +211,18 @@ def measure(
     }
 
     def with_choice(choices: list[Choice]) -> Ways:
-        return {**ways, "automatic": [choice.strategy for choice in choices]}
+        return {**ways, AUTOMATIC: [choice.strategy for choice in choices]}
 
-    choices = {}
+    choices: dict[int, list[Choice]] = {}
+    taken: dict[int, dict[str, list[float]]] = {}
     for size in batches:
-        note(f"searching for batches of {size}")
+        note(f"batches of {size}: searching for the automatic choice")
         choices[size] = _search(subject, size, tolerance)
-    seconds: dict[str, dict[int, float]] = {name: {} for name in (*ways, "automatic")}
-    for size in batches:
-        note(f"timing batches of {size}")
-        times = _times(subject, with_choice(choices[size]), size, rounds, tolerance)
-        for name, median in times.items():
-            seconds[name][size] = median
+        note(f"batches of {size}: groups of {_groups(choices[size])} tokens; timing every way")
+        taken[size] = _times(subject, with_choice(choices[size]), size, rounds, patience, tolerance)
+        medians = ((name, statistics.median(times)) for name, times in taken[size].items())
+        found = ", ".join(f"{name} {median * 1e3:.0f} ms" for name, median in medians)
+        note(f"batches of {size}: {found}")
     note(f"judging {samples} samples of each way")
     judged = _judge(subject, with_choice(choices[min(batches)]), samples, tolerance)
     return SamplingCost(
@@ -198,7 +230,15 @@ def measure(
         subject.device.type,
         torch.get_num_threads(),
         samples,
-        [Way(name, seconds[name], *judged[name]) for name in seconds],
+        [
+            Way(
+                name,
+                {size: statistics.median(taken[size][name]) for size in batches},
+                {size: len(taken[size][name]) for size in batches},
+                *judged[name],
+            )
+            for name in judged
+        ],
         choices,
     )
 
@@ -245,20 +285,27 @@ def _times(
     strategies: Ways,
     batch: int,
     rounds: int,
+    patience: float,
     tolerance: float,
-) -> dict[str, float]:
-    """Median seconds of a batch by each way; every round has other samples."""
+) -> dict[str, list[float]]:
+    """Seconds of batches by each way; every round has other samples."""
     taken: dict[str, list[float]] = {name: [] for name in strategies}
     for turn in range(rounds + 1):
         ids = range(turn * batch, (turn + 1) * batch)
         for name, strategy in strategies.items():
+            if turn > 1 and sum(taken[name]) > patience:
+                continue
             begin = time.perf_counter()
             subject.draw(ids, strategy, tolerance)
             if subject.device.type == "cuda":
                 torch.cuda.synchronize(subject.device)
             taken[name].append(time.perf_counter() - begin)
     # The first turn warms up.
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+    return {name: times[1:] for name, times in taken.items()}
+
+
+def _groups(choices: Sequence[Choice]) -> str:
+    return ", ".join(str(choice.strategy.group) for choice in choices)
 
 
 def _judge(
@@ -291,9 +338,15 @@ def _judge(
     return found
 
 
-class _Nobody:
-    """A person who is not watching the training."""
+class _Told:
+    """Whoever watches the training, told of some of its steps."""
+
+    def __init__(self, tell: Callable[[str], None], steps: int) -> None:
+        self._tell, self._steps, self._every = tell, steps, max(1, steps // LINES)
 
     def note(self, text: str) -> None: ...
 
-    def step(self, line: Mapping[str, Any]) -> None: ...
+    def step(self, line: Mapping[str, Any]) -> None:
+        done = int(line["step"])
+        if done % self._every == 0 or done == self._steps:
+            self._tell(f"training: step {done} of {self._steps}, loss {line['loss']:.3f}")
