@@ -185,3 +185,36 @@ def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: b
             one.size, str(one.experts), *speeds, f"{one.ratio:.2f}x", f"{one.difference:.1e}"
         )
     Console().print(table)
+
+
+def placement(
+    seed: Annotated[int, typer.Option(min=0, help="Of the traces.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Experts placed by traces whose answer is known: planted affinity, loads by Zipf's law."""
+    from benchmarks.placement import measure
+
+    found = measure(seed)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) | {"fewer": one.fewer} for one in found]))
+        return
+    columns = (
+        "trace",
+        "layers x experts, ranks",
+        "way",
+        "hops",
+        "fewer",
+        "planted",
+        "max/mean load",
+        "",
+    )
+    table = Table(*columns, title=f"before -> after, seed {seed}")
+    for one in found:
+        layers, count, ranks = one.shape
+        hops = f"{one.before:,} -> {one.after:,}", f"{one.fewer:.1%}"
+        hidden = "" if one.planted is None else f"{one.planted:,}"
+        loads = f"{one.uneven:.3f} -> {one.evened:.3f}"
+        met = "met" if one.met else "missed"
+        shape = f"{layers} x {count}, {ranks}"
+        table.add_row(one.trace, shape, one.method, *hops, hidden, loads, met)
+    Console().print(table)

@@ -3,7 +3,8 @@
 One layer beside two that stay is a linear assignment of experts to seats, which is solved exactly
 (Jonker-Volgenant); where the loads it makes are too uneven, it is repaired, and experts change places as
 long as that keeps more tokens. Sweeps over the layers end in a placement that no single layer can better;
-several starts, each with one random layer, are made, and the best end counts.
+several starts are made, each with one random layer, and from the best end some more, each after a few random
+exchanges in two layers (iterated local search). The best of all counts.
 """
 
 import numpy as np
@@ -14,19 +15,18 @@ from parallel.placement.problem import Layer, Places, Problem, Reals, busyness, 
 
 # Of a count, differences are whole numbers; of a float64 sum, less than this is rounding.
 ROUNDING = 1e-9
+KICKS = 4  # further ends for each start
 
 
-def balanced(load: Reals, ranks: int, generator: np.random.Generator | None = None) -> Layer:
+def balanced(load: Reals, ranks: int) -> Layer:
     """(experts,) a placement of one layer with loads as even as exchanges of two experts can make them.
 
     The heaviest first, each to the least busy rank that has a seat left (Graham 1969).
-    generator: of the order in which equal ranks are taken; None: by number
     """
     seats, busy = np.full(ranks, len(load) // ranks), np.zeros(ranks, dtype=np.float64)
-    turn = np.arange(ranks) if generator is None else generator.permutation(ranks)
     layer = np.zeros(len(load), dtype=np.int64)
     for expert in np.argsort(-load, kind="stable"):
-        free = turn[seats[turn] > 0]
+        free = np.flatnonzero(seats)
         rank = free[np.argmin(busy[free])]
         layer[expert], seats[rank], busy[rank] = rank, seats[rank] - 1, busy[rank] + load[expert]
     while True:
@@ -40,30 +40,57 @@ def balanced(load: Reals, ranks: int, generator: np.random.Generator | None = No
         _exchange(layer, best)
 
 
-def alternate(problem: Problem, caps: Reals, *, starts: int, seed: int) -> Places:
-    """The best placement that `starts` starts end in, of those whose ranks are nowhere busier than `caps`.
+def alternate(problem: Problem, caps: Reals, even: Places, *, starts: int, seed: int) -> Places:
+    """The best placement that is found, of those whose ranks are nowhere busier than `caps`.
 
-    caps: (layers,) the largest load of a rank, not less than `balanced` reaches; infinite: any
+    caps: (layers,) the largest load of a rank; infinite: any
+    even: a placement as even as that
     """
     generator = np.random.default_rng(seed)
-    even = np.stack([balanced(own, problem.ranks) for own in problem.load])
-    ends = (_descend(problem, caps, even, generator) for _ in range(starts))
-    return max(ends, key=lambda places: kept(problem.flow, places))
+    ends = (_begun(problem, caps, even, generator) for _ in range(starts))
+    best = max(ends, key=lambda places: kept(problem.flow, places))
+    for _ in range(KICKS * starts):
+        places, two = best.copy(), min(2, problem.layers)
+        for layer in generator.choice(problem.layers, size=two, replace=False):
+            _shake(problem, caps, places, int(layer), two, generator)
+        places = _swept(problem, caps, places)
+        if kept(problem.flow, places) >= kept(problem.flow, best):
+            best = places
+    return best
 
 
-def _descend(problem: Problem, caps: Reals, even: Places, generator: np.random.Generator) -> Places:
-    """One start: a layer at random, its neighbours one after the other, then sweeps until nothing moves."""
+def _begun(problem: Problem, caps: Reals, even: Places, generator: np.random.Generator) -> Places:
+    """One start: a layer at random, its neighbours one after the other, then sweeps."""
     layers, places = problem.layers, even.copy()
     known = np.zeros(layers, dtype=np.bool_)
     first = int(generator.integers(layers))
-    if np.isinf(caps[first]):
-        places[first] = generator.permutation(even[first])
-    else:
-        places[first] = balanced(problem.load[first], problem.ranks, generator)
+    _shake(problem, caps, places, first, 4 * problem.experts, generator)
     known[first] = True
     for layer in [*range(first + 1, layers), *range(first - 1, -1, -1)]:
         places[layer] = _best(problem, caps, places, layer, known)
         known[layer] = True
+    return _swept(problem, caps, places)
+
+
+def _shake(
+    problem: Problem,
+    caps: Reals,
+    places: Places,
+    layer: int,
+    times: int,
+    generator: np.random.Generator,
+) -> None:
+    """Random exchanges in one layer, in place, but for those that make a rank busier than `caps`."""
+    for _ in range(times):
+        own = places[layer].copy()
+        _exchange(own, int(generator.integers(problem.experts**2)))
+        if busyness(own, problem.load[layer], problem.ranks).max() <= caps[layer]:
+            places[layer] = own
+
+
+def _swept(problem: Problem, caps: Reals, places: Places) -> Places:
+    """`places`, after every layer in turn was placed at best beside its neighbours until nothing moved."""
+    layers, known = problem.layers, np.ones(problem.layers, dtype=np.bool_)
     before = -1.0
     while (now := kept(problem.flow, places)) > before + ROUNDING * problem.flow.sum():
         before = now

@@ -15,7 +15,7 @@ from flows.errors import UserError
 from parallel.mesh import divisors
 from parallel.placement import exact
 from parallel.placement.alternating import alternate, balanced
-from parallel.placement.problem import Places, Problem, Reals, busyness, kept
+from parallel.placement.problem import Layer, Places, Problem, Reals, busyness, kept
 
 Method = Literal["auto", "exact", "alternating"]
 METHODS: tuple[Method, ...] = ("auto", "exact", "alternating")
@@ -54,8 +54,8 @@ def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: 
     why = f"as asked; the program has {size:,} variables"
     if method == "auto":
         why = f"the program has {size:,} variables, {'at most' if small else 'more than'} {SMALL:,}"
-    caps = load_caps(problem, seconds if chosen == "exact" else 0.0)
-    found = alternate(problem, caps, starts=starts, seed=seed)
+    caps, even = load_caps(problem, seconds if chosen == "exact" else 0.0)
+    found = alternate(problem, caps, even, starts=starts, seed=seed)
     if chosen == "alternating":
         return Placed(found, chosen, why, proven=False)
     solved = exact.fewest_hops(problem, caps, seconds)
@@ -66,24 +66,28 @@ def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: 
     return Placed(solved.places, chosen, why, solved.proven)
 
 
-def load_caps(problem: Problem, seconds: float) -> Reals:
-    """(layers,) how busy the busiest rank may be.
+def load_caps(problem: Problem, seconds: float) -> tuple[Reals, Places]:
+    """(layers,) how busy the busiest rank may be, and a placement where none is busier.
 
     seconds: for a proof, where exchanges of experts do not reach the limit; 0: they are believed
     """
+    even = np.stack([balanced(own, problem.ranks) for own in problem.load])
     if math.isinf(problem.limit):
-        return np.full(problem.layers, np.inf)
-    return np.array([_cap(own, problem, seconds) for own in problem.load])
+        return np.full(problem.layers, np.inf), even
+    caps = np.zeros(problem.layers)
+    for layer, load in enumerate(problem.load):
+        wanted = problem.limit * float(load.sum()) / problem.ranks
+        if _busiest(even[layer], load, problem.ranks) > wanted and seconds:
+            better = exact.most_even(load, problem.ranks, seconds)
+            if better is not None:
+                even[layer] = better
+        least = _busiest(even[layer], load, problem.ranks)
+        caps[layer] = max(least, wanted) * (1 + ROUNDING)
+    return caps, even
 
 
-def _cap(load: Reals, problem: Problem, seconds: float) -> float:
-    mean = float(load.sum()) / problem.ranks
-    least = float(busyness(balanced(load, problem.ranks), load, problem.ranks).max())
-    if least > problem.limit * mean and seconds:
-        even = exact.most_even(load, problem.ranks, seconds)
-        if even is not None:
-            least = min(least, float(busyness(even, load, problem.ranks).max()))
-    return max(least, problem.limit * mean) * (1 + ROUNDING)
+def _busiest(layer: Layer, load: Reals, ranks: int) -> float:
+    return float(busyness(layer, load, ranks).max())
 
 
 def _check(problem: Problem) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.placement import planted, routed, zipf
 from flows.errors import UserError
 from parallel.placement import exact
 from parallel.placement.alternating import alternate, balanced
@@ -19,53 +20,6 @@ SHAPES = [(2, 4, 2), (3, 4, 2), (2, 6, 3), (3, 6, 2), (2, 4, 4)]  # layers, expe
 
 def solved(problem: Problem, method="auto", starts=8, seconds=30.0):
     return place(problem, method=method, starts=starts, seed=0, seconds=seconds)
-
-
-def routed(
-    layers: int, experts: int, tokens: int, seed: int, draw
-) -> tuple[np.ndarray, np.ndarray]:
-    """Flow and load of tokens that go from layer to layer as `draw(generator, layer, at)` says."""
-    generator = np.random.default_rng(seed)
-    flow, load = np.zeros((layers - 1, experts, experts)), np.zeros((layers, experts))
-    at = draw(generator, 0, np.zeros(tokens, dtype=np.int64))
-    load[0] = np.bincount(at, minlength=experts)
-    for layer in range(1, layers):
-        there = draw(generator, layer, at)
-        np.add.at(flow[layer - 1], (at, there), 1)
-        at, load[layer] = there, np.bincount(there, minlength=experts)
-    return flow, load
-
-
-def planted(layers: int, experts: int, ranks: int, noise: float, seed: int):
-    """Tokens stay among the experts of a hidden placement, but for a share that goes anywhere."""
-    hidden = np.random.default_rng(seed + 1000)
-    places = np.stack([hidden.permutation(contiguous(1, experts, ranks)[0]) for _ in range(layers)])
-    mates = np.stack([[np.flatnonzero(own == r) for r in range(ranks)] for own in places])
-
-    def draw(generator, layer, at):
-        anywhere = generator.integers(experts, size=len(at))
-        if layer == 0:
-            return anywhere
-        stays = mates[
-            layer, places[layer - 1, at], generator.integers(experts // ranks, size=len(at))
-        ]
-        return np.where(generator.random(len(at)) < noise, anywhere, stays)
-
-    return *routed(layers, experts, 20_000, seed, draw), places
-
-
-def zipf(layers: int, experts: int, seed: int, exponent: float = 1.0):
-    """Experts of each layer have loads 1, 1/2, 1/3, ... in an order of their own."""
-    order = np.random.default_rng(seed + 1000)
-    shares = np.stack(
-        [order.permutation(np.arange(1, experts + 1) ** -exponent) for _ in range(layers)]
-    )
-    shares /= shares.sum(1, keepdims=True)
-
-    def draw(generator, layer, at):
-        return generator.choice(experts, size=len(at), p=shares[layer])
-
-    return routed(layers, experts, 50_000, seed, draw)
 
 
 def all_placements(experts: int, ranks: int):
@@ -113,7 +67,7 @@ def problems(draw, limit=None):
 
 
 @given(problems(), st.integers(0, 2**16))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_costs_are_those_of_a_loop_over_experts(problem, seed) -> None:
     generator = np.random.default_rng(seed)
     places = generator.permuted(contiguous(problem.layers, problem.experts, problem.ranks), axis=1)
@@ -128,7 +82,7 @@ def test_costs_are_those_of_a_loop_over_experts(problem, seed) -> None:
 
 
 @given(problems())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_both_ways_obey_the_law_of_a_placement(problem) -> None:
     best = {}
     for method in ("exact", "alternating"):
@@ -137,7 +91,7 @@ def test_both_ways_obey_the_law_of_a_placement(problem) -> None:
             assert (np.bincount(layer, minlength=problem.ranks) == problem.seats).all()
         best[method] = kept(problem.flow, placed.places)
     assert placed.proven is False
-    caps = load_caps(problem, 30.0)
+    caps, _ = load_caps(problem, 30.0)
     places = solved(problem, "exact").places
     for layer, own, cap in zip(places, problem.load, caps, strict=True):
         assert busyness(layer, own, problem.ranks).max() <= cap
@@ -146,18 +100,28 @@ def test_both_ways_obey_the_law_of_a_placement(problem) -> None:
 
 
 @given(problems())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_the_integer_program_finds_the_optimum_of_all_placements(problem) -> None:
     placed = solved(problem, "exact")
     assert placed.proven
-    caps = load_caps(problem, 30.0)
+    caps, _ = load_caps(problem, 30.0)
     assert kept(problem.flow, placed.places) == brute_force(problem, caps)
 
 
+@pytest.mark.parametrize("limit", [1.05, math.inf])
+def test_alternating_comes_near_the_optimum_where_affinity_is_weak(limit) -> None:
+    """Tokens go anywhere: only counting errors are left to gain from, the hardest case there is."""
+    for seed in range(3):
+        flow, load, _ = planted(3, 8, 2, 0.9, seed)
+        problem = Problem(flow, load, 2, limit)
+        best, near = (hops(flow, solved(problem, way).places) for way in ("exact", "alternating"))
+        assert best <= near <= 1.005 * best
+
+
 @given(problems(limit=1.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_the_least_that_ranks_can_be_busy_is_that_of_all_placements(problem) -> None:
-    caps = load_caps(problem, 30.0)
+    caps, _ = load_caps(problem, 30.0)
     for own, cap in zip(problem.load, caps, strict=True):
         least = min(
             busyness(layer, own, problem.ranks).max()
@@ -167,7 +131,7 @@ def test_the_least_that_ranks_can_be_busy_is_that_of_all_placements(problem) -> 
 
 
 @given(problems(), st.integers(0, 2**16))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_names_of_experts_do_not_matter_to_the_optimum(problem, seed) -> None:
     generator = np.random.default_rng(seed)
     order = [generator.permutation(problem.experts) for _ in range(problem.layers)]
@@ -205,10 +169,10 @@ def test_planted_affinity_of_few_experts_is_proven_to_be_the_optimum(ranks, nois
 
 
 @pytest.mark.parametrize(
-    ("experts", "ranks", "exponent"), [(16, 2, 1.0), (64, 2, 1.0), (64, 4, 0.8), (64, 8, 0.5)]
+    ("experts", "ranks", "exponent"), [(16, 2, 1.0), (64, 2, 1.0), (64, 4, 0.8), (64, 8, 0.4)]
 )
 def test_loads_of_a_zipf_trace_are_evened(experts, ranks, exponent) -> None:
-    flow, load = zipf(6, experts, 3, exponent)
+    flow, load = zipf(6, experts, exponent, seed=3)
     assert imbalance(load, contiguous(6, experts, ranks), ranks).max() > 1.2
     placed = solved(Problem(flow, load, ranks, 1.05))
     assert imbalance(load, placed.places, ranks).max() <= 1.05
@@ -216,9 +180,10 @@ def test_loads_of_a_zipf_trace_are_evened(experts, ranks, exponent) -> None:
 
 def test_where_no_placement_is_as_even_the_most_even_one_is_taken() -> None:
     """Of eight experts on two ranks, the busiest and the three idlest have more than 1.05 of the half."""
-    flow, load = zipf(3, 8, seed=4, exponent=1.2)
+    flow, load = zipf(3, 8, 1.2, seed=4)
     problem = Problem(flow, load, 2, 1.0)
     placed = solved(problem, "exact")
+    assert placed.proven
     for layer, own in zip(placed.places, load, strict=True):
         least = min(busyness(p, own, 2).max() for p in all_placements(8, 2))
         assert least > 1.05 * own.sum() / 2
@@ -226,7 +191,7 @@ def test_where_no_placement_is_as_even_the_most_even_one_is_taken() -> None:
 
 
 def test_a_looser_limit_allows_fewer_hops() -> None:
-    flow, load = zipf(4, 16, seed=5)
+    flow, load = zipf(4, 16, 1.0, seed=5)
     found = [
         hops(flow, solved(Problem(flow, load, 4, limit)).places) for limit in (1.0, 1.6, math.inf)
     ]
@@ -246,10 +211,10 @@ def test_the_choice_is_made_by_size_and_said() -> None:
 
 
 def test_alternating_ends_where_it_began_with_the_same_seed() -> None:
-    flow, load = zipf(4, 16, seed=6)
+    flow, load = zipf(4, 16, 1.0, seed=6)
     problem = Problem(flow, load, 4, 1.3)
-    caps = load_caps(problem, 0.0)
-    ends = [alternate(problem, caps, starts=4, seed=seed) for seed in (0, 0)]
+    caps, even = load_caps(problem, 0.0)
+    ends = [alternate(problem, caps, even, starts=4, seed=seed) for seed in (0, 0)]
     assert np.array_equal(*ends)
     for layer, own, cap in zip(ends[0], load, caps, strict=True):
         assert busyness(layer, own, 4).max() <= cap
