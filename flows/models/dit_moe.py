@@ -160,7 +160,8 @@ class DiTMoE(nn.Module):
 
         With the tokens travel a record of what routers did so far and, from the first block on, the state of
         recurrent routers. The record is (batch, depth x columns), of each layer what `Routed` has and the
-        penalty; where they are traced, whom the tokens asked for last, (batch, tokens x experts), follows.
+        penalty; where they are traced, from the first block on, whom the tokens asked for last follows,
+        (batch, tokens x experts).
         """
         config, traced = self.config, is_traced(self)
         sizes = (config.experts, 1, 1, 1, config.experts**2 if traced else 0, 1)
@@ -176,21 +177,23 @@ class DiTMoE(nn.Module):
 
         def begin(stream: Stream, _: Told) -> Stream:
             tokens = self._tokens(stream[0])
-            asked = tokens.shape[1] * config.experts if traced else 0
-            shape = len(tokens), config.depth * columns + asked
+            shape = len(tokens), config.depth * columns
             return tokens, tokens.new_zeros(shape, dtype=torch.float32)
 
         def apply(number: int, stream: Stream, told: Told) -> Stream:
             tokens, record, *states = stream
             state = states[0] if states else None
-            before = record[:, config.depth * columns :].unflatten(1, (tokens.shape[1], -1))
+            before = None
+            if traced and number:  # the first block may be where tokens are divided
+                asked_last = record[:, config.depth * columns :].detach()
+                before = asked_last.unflatten(1, (tokens.shape[1], -1))
             step = self.blocks[number](
                 tokens,
                 told["condition"],
                 state,
                 told["cell"],
                 told["masks"][number],
-                before.detach() if traced else None,
+                before,
             )
             told_by_router = (*step.routed, step.penalty)
             own = [value.reshape(len(tokens), -1) for value in told_by_router]
