@@ -96,7 +96,8 @@ class Report(Quiet):
         self._log = MetricsLog(self._run.metrics)
         if self._routing is not None:
             self._routing.close()
-            metrics_log.truncate_after(self._run.routing, step)
+        metrics_log.truncate_after(self._run.routing, step)
+        if self._routing is not None:
             self._routing = MetricsLog(self._run.routing)
         for line in metrics_log.read(self._run.metrics):
             self._curve.append(line)

@@ -309,9 +309,9 @@ def softmax(logits: Tensor) -> Tensor:
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        powers = (logits - logits.amax(-1, keepdim=True)).exp()
-        total = (powers.double() * GRAINS).round().sum(-1, keepdim=True) / GRAINS
-        scores = powers / total.to(powers.dtype)
+        powers = (logits - logits.amax(-1, keepdim=True)).exp_()
+        total = powers.double().mul_(GRAINS).round_().sum(-1, keepdim=True).div_(GRAINS)
+        scores = powers.div_(total.to(powers.dtype))
         ctx.save_for_backward(scores)
         return scores
 
