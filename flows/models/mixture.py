@@ -109,10 +109,8 @@ class _Gated(torch.autograd.Function):
         gate, value = hidden.chunk(2, dim=-1)
         gradient = gradient.contiguous()
         of_inner = grouped_product(gradient, down, ends)
-        of_hidden = torch.empty_like(hidden)
-        of_gate, of_value = of_hidden.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(of_inner * value, gate, grad_input=of_gate)
-        torch.mul(of_inner, opened, out=of_value)
+        of_gate = torch.ops.aten.silu_backward(of_inner * value, gate)
+        of_hidden = torch.cat((of_gate, of_inner.mul_(opened)), dim=-1)
         wanted = ctx.needs_input_grad
         of_rows = grouped_product(of_hidden, up, ends) if wanted[0] else None
         of_up = grouped_outer(of_hidden, rows, ends) if wanted[1] else None
