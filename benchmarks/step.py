@@ -114,7 +114,9 @@ def _tokens(batch: Batch) -> int:
 
 
 def _count(parts: Parts, step: int) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # Compiled blocks do the same products, and cannot be counted.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False) as counter:
         one_step(parts, step, stop=False)
     return int(counter.get_total_flops())
 
