@@ -5,6 +5,7 @@ All that belongs to an expert moves with it (weights, the router's row and what 
 averages), so the network is the same function.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from trainer.interchange import check_new
 from trainer.recipe import Recipe, override_recipe, write_recipe
 from trainer.routing_trace import Trace, read_trace
 from trainer.run_folder import RunFolder, locked, open_run
+from trainer.run_sections import ParallelSection
 
 STARTS, SEED = 32, 0  # of the alternating assignment
 
@@ -97,10 +99,11 @@ def place_run(
     return Placing(run, recipe, chosen, trace, int(trace.flow.sum()), before, after, placed)
 
 
-def write_placed(placing: Placing, folder: Path, step: int | None = None) -> RunFolder:
+def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tuple[RunFolder, int]:
     """A run folder with the checkpoint of `step` (None: the newest) of the run, its experts placed.
 
-    Training goes on in it, and experts are counted anew: metrics and trace stay with the old run.
+    Training goes on in it, on as many ranks as are returned or a multiple of them, and experts are counted
+    anew: metrics and trace stay with the old run.
     Raises UserError for a folder that holds something, or a checkpoint that is damaged.
     """
     run, old = check_new(folder), placing.run
@@ -113,7 +116,7 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> Run
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     for name, layer in layers_of_experts(placing.recipe, shapes).items():
         tensors[name] = tensors[name][torch.from_numpy(order[layer])]
-    recipe = override_recipe(placing.recipe, [f"run.dir={folder}"])
+    recipe = _recipe(placing, folder)
     state = _state(manifest.state, order, old, placing.ranks)
     with locked(run):
         save(run.checkpoints, step=manifest.step, tensors=tensors, state=state, keep=1)
@@ -121,7 +124,7 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> Run
             if path.exists():
                 shutil.copyfile(path, run.root / path.name)
         write_recipe(recipe, run.recipe)
-    return run
+    return run, _fewest_ranks(recipe.parallel)
 
 
 def orders(places: Places) -> Places:
@@ -155,6 +158,29 @@ def layers_of_experts(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> 
                 )
             found |= dict.fromkeys(holders, layer)
     return found
+
+
+def _recipe(placing: Placing, folder: Path) -> Recipe:
+    """That of the run, with experts divided over as many ranks as they were placed on.
+
+    Degrees that do not go together with these are left to be inferred. Engines other than the native one
+    divide no experts.
+    """
+    section, changes = placing.recipe.parallel, [f"run.dir={folder}"]
+    if section.engine == "native":
+        changes.append(f"parallel.ep={placing.ranks}")
+        if section.strategy in ("none", "ddp"):
+            changes += ["parallel.strategy=null", "parallel.replicate=null"]
+        if section.shard and section.shard * section.cp % placing.ranks:
+            changes.append("parallel.shard=null")
+    return override_recipe(placing.recipe, changes)
+
+
+def _fewest_ranks(section: ParallelSection) -> int:
+    """On which a layout can be whose experts are divided over `ep` of the shard x cp ranks of a copy."""
+    shard = section.shard or section.ep // math.gcd(section.ep, section.cp)
+    copies = section.replicate or (2 if section.strategy == "hsdp" else 1)
+    return section.pp * copies * shard * section.cp * section.tp
 
 
 def _cost(problem: Problem, places: Places) -> Cost:

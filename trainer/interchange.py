@@ -85,7 +85,7 @@ def check_new(folder: Path) -> RunFolder:
     """The run folder to be; UserError if it holds something already, or cannot be written."""
     run = RunFolder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; choose another folder for the imported run.")
+        raise UserError(f"{folder} exists already; choose another folder for the new run.")
     check_writable(run)
     return run
 

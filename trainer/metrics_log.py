@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[tuple[str, Record]]:
         try:
             record = decode(line)
             int(record["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise UserError(
                 f"{path}, line {number} is not a step's record in JSON; "
                 "remove that line, or move the file away to start a new log."

@@ -75,7 +75,8 @@ def expert_map(load: NDArray[np.float64], path: Path, title: str) -> None:
     """One panel a layer: which share of the work each expert has, at each noise level.
 
     load: (layers, intervals of time, experts); at most MAPS layers are drawn, evenly spread
-    White is an equal share; blue is more, amber less, down to nothing and up to PREFERRED times as much.
+    Layers are numbered from 0. White is an equal share; blue is more, amber less, down to nothing and up to
+    PREFERRED times as much.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -99,7 +100,7 @@ def expert_map(load: NDArray[np.float64], path: Path, title: str) -> None:
         for axes, layer in zip(grid.flat, layers, strict=False):
             extent = (0.0, 1.0, load.shape[-1] - 0.5, -0.5)
             drawn = axes.imshow(share[layer].T, colors, norm, aspect="auto", extent=extent)
-            axes.set_title(f"layer {layer + 1}", loc="left", fontsize=10)
+            axes.set_title(f"layer {layer}", loc="left", fontsize=10)
             axes.yaxis.get_major_locator().set_params(integer=True)
         for axes in grid[-1]:
             axes.set_xlabel("noise    time    data")

@@ -8,7 +8,7 @@ token of k experts a layer is counted k^2 times from one layer to the next. Line
 those of `metrics.jsonl`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trainer import metrics_log
 from trainer.routing import RoutingSums
 
 Counts = NDArray[np.int64]
+EXACT = 2**53  # float64 has every whole number up to here
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def traced_line(sums: RoutingSums) -> dict[str, Any] | None:
 def read_trace(path: Path, layers: int, experts: int, since: int = 0) -> Trace:
     """The trace of a run with so many layers of so many experts, of the steps after `since`.
 
-    Raises UserError if there is none, or if it is of another network.
+    Raises UserError if there is none, if it is of another network, or if it is damaged: counts are whole
+    numbers that float64 adds up exactly, and a step is there once, since a run that goes on cuts its trace.
     """
-    lines = [line for line in metrics_log.read(path) if int(line["step"]) > since]
+    lines = _numbered(path, since)
     if not lines:
         after = f" after step {since}" if path.exists() and since else ""
         raise UserError(
@@ -59,22 +61,62 @@ def read_trace(path: Path, layers: int, experts: int, since: int = 0) -> Trace:
         )
     shapes = {"load": (layers, experts), "flow": (layers - 1, experts, experts)}
     load, flow = (_summed(path, lines, key, shape) for key, shape in shapes.items())
-    return Trace(tuple(int(line["step"]) for line in lines), load, flow)
+    if not load.any():
+        raise UserError(
+            f"{path} counts no token: all loads are 0; restore the file, or trace the run anew."
+        )
+    return Trace(tuple(line["step"] for line in lines.values()), load, flow)
+
+
+def _numbered(path: Path, since: int) -> dict[int, dict[str, Any]]:
+    """Number of a line -> what it says, of the steps after `since`."""
+    found: dict[int, dict[str, Any]] = {}
+    steps: dict[int, int] = {}
+    for number, line in enumerate(metrics_log.read(path), start=1):
+        step = line["step"]
+        if type(step) is not int:
+            raise UserError(
+                f"{path}, line {number}: `step` is not a whole number; restore the file, or trace the "
+                "run anew."
+            )
+        if step in steps:
+            raise UserError(
+                f"{path}, line {number}: step {step} is there already, in line {steps[step]}; remove one of "
+                "the two, or trace the run anew."
+            )
+        steps[step] = number
+        if step > since:
+            found[number] = line
+    return found
 
 
 def _summed(
-    path: Path, lines: Sequence[dict[str, Any]], key: str, shape: tuple[int, ...]
+    path: Path, lines: Mapping[int, dict[str, Any]], key: str, shape: tuple[int, ...]
 ) -> Counts:
-    total = np.zeros(shape, dtype=np.int64)
-    for line in lines:
-        try:
-            counts = np.array(line[key], dtype=np.int64).reshape(-1, *shape[1:])
-        except (KeyError, ValueError, TypeError):
-            counts = np.zeros(0, dtype=np.int64)
-        if counts.shape != shape or (counts < 0).any():
+    total, tokens = np.zeros(shape, dtype=np.int64), 0
+    for number, line in lines.items():
+        counts = _counts(line.get(key), shape)
+        tokens += 0 if counts is None else sum(counts.ravel().tolist())
+        if counts is None or tokens >= EXACT:
             raise UserError(
-                f"{path}: `{key}` of step {line['step']} is not {' x '.join(map(str, shape))} counts, as the "
-                "run's recipe has layers and experts; restore the file, or trace the run anew."
+                f"{path}, line {number}: `{key}` of step {line['step']} is not "
+                f"{' x '.join(map(str, shape))} counts, as the run's recipe has layers and experts, each a "
+                "whole number from 0 on and all lines together below 2^53; restore the file, or trace "
+                "the run anew."
             )
-        total += counts
+        total += counts.astype(np.int64)
     return total
+
+
+def _counts(told: Any, shape: tuple[int, ...]) -> NDArray[np.object_] | None:
+    """Lists as an array of this shape; None if they are not that, or not of whole numbers from 0 on."""
+    try:
+        counts = np.array(told, dtype=object)
+    except ValueError:  # lists of several lengths
+        return None
+    if not shape[0] and counts.shape == (0,):
+        counts = counts.reshape(shape)
+    # A type, since true is an int too.
+    if counts.shape != shape or not {type(count) for count in counts.flat} <= {int}:
+        return None
+    return None if (counts < 0).any() else counts

@@ -159,11 +159,12 @@ class ParallelSection(Section):
         1, description="ranks that the network's layers are cut over, as a pipeline"
     )
     schedule: PipelineSchedule = Field(
-        "1f1b", description="under pp: the order of its work, see `flowmill pipeline show`"
+        "1f1b",
+        description="under pp, else unused: the order of its work, see `flowmill pipeline show`",
     )
     chunks: Positive | None = Field(
         None,
-        description="under pp: stages on each rank, where the schedule leaves it open; null: 2",
+        description="under pp, else unused: stages on each rank, where the schedule leaves it open; null: 2",
     )
     context: Literal["ulysses", "ring"] = Field(
         "ulysses",
@@ -192,16 +193,6 @@ class ParallelSection(Section):
                 raise ValueError(
                     f"parallel.{name} is given, and parallel.engine = {self.engine} has no use for it; "
                     "drop it, or choose another engine"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_of_pp(self) -> "ParallelSection":
-        for name in ("schedule", "chunks"):
-            if self.pp == 1 and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"parallel.{name} is given, and parallel.pp = 1 makes no pipeline; set parallel.pp, or "
-                    "drop it"
                 )
         return self
 

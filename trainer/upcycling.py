@@ -1,16 +1,18 @@
 """A run of experts from a run of a dense network: the same recipe with another model, from step 0 on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.dit import DiTConfig
 from flows.models.dit_moe_config import DiTMoEConfig
-from flows.models.family import DATA_KEYS
+from flows.models.family import DATA_KEYS, parameter_count
 from flows.models.upcycling import mixture_keys, upcycled
 from trainer.assembly import model_architecture
 from trainer.checkpoints.contents import checkpoint_in
@@ -28,7 +30,8 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
     changes: `section.key=value`, `model.experts` among them; weights of a token's experts sum to one
         unless `model.renormalise` says otherwise, so that the mixture begins as the dense network
 
-    Raises UserError for a network that no mixture can be made of, or a folder that holds something.
+    Raises UserError for a network that no mixture can be made of, weights that are more than the machine's
+    memory, or a folder that holds something.
     """
     run = check_new(folder)
     of, recipe = open_run(str(dense))
@@ -41,6 +44,7 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
     made = _recipe(recipe, mixture_keys(before), run, changes)
     config = model_architecture(made).config
     _check_same(mixture_keys(before), config)
+    _check_memory(made)
     checkpoint = checkpoint_in(of.root)
     weights: Weights = "ema" if recipe.train.ema else "raw"
     dense_state = state_of(checkpoint, recipe, weights)
@@ -83,3 +87,21 @@ def _check_same(keys: Mapping[str, Any], config: DiTMoEConfig) -> None:
             raise UserError(
                 f"{section}.{key} = {shape[key]} is not that of the dense network, {value}; drop the change."
             )
+
+
+def _check_memory(made: Recipe) -> None:
+    """UserError for weights that are more than the machine's memory; any number of experts is counted."""
+    model = model_architecture(made)
+    sizes = []
+    for experts in (model.config.chosen, model.config.chosen + 1):
+        with torch.device("meta"):
+            few = replace(model, config=replace(model.config, experts=experts)).build()
+        sizes.append(parameter_count(few))
+    more = model.config.experts - model.config.chosen
+    needed = 4 * (sizes[0] + more * (sizes[1] - sizes[0]))
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"model.experts = {model.config.experts:,} makes weights of {needed >> 30:,} GiB, more than the "
+            f"{there / 2**30:,.0f} GiB of memory of this machine; lower model.experts."
+        )

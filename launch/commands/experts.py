@@ -58,8 +58,10 @@ def place_command(
         return
     _print(found)
     if written is not None:
+        placed, needed = written
         Console(soft_wrap=True).print(
-            f"{written.root} has the experts of {run} so; flowmill train {written.recipe} goes on in it.",
+            f"{placed.root} has the experts of {run} so; "
+            f"flowmill train {placed.recipe} --ranks {needed} goes on in it.",
             highlight=False,
             markup=False,
         )
@@ -70,7 +72,8 @@ def _print(found: "Placing") -> None:
     steps = len(found.trace.steps)
     title = f"{found.run.root}: experts on {found.ranks} ranks, by {steps} steps of its trace"
     table = Table("", "before", "after", title=title)
-    shares = (f"{cost.hops:,} ({cost.hops / found.pairs:.1%})" for cost in (before, after))
+    pairs = max(found.pairs, 1)
+    shares = (f"{cost.hops:,} ({cost.hops / pairs:.1%})" for cost in (before, after))
     table.add_row("hops between ranks", *shares)
     table.add_row("max/mean load, worst layer", f"{before.worst:.3f}", f"{after.worst:.3f}")
     for layer, pair in enumerate(zip(before.imbalance, after.imbalance, strict=True)):

@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Show pipeline schedules, and how models are cut into stages.", no_args_is_help=True
 )
 LARGEST = 2**12  # boxes for forwards: a picture of more shows nothing
+DEAREST = 1e12
 
 
 @app.callback()
@@ -134,11 +135,12 @@ def _cut(
         return {"balance": None, "ranks": []}
     bounds = cut(costs, places, borders)
     work = work_of_ranks(costs, bounds, places)
+    total = sum(work) or 1.0
     names = [link.name for link in chain.links]
     ranks = [
         {
             "rank": rank,
-            "share": work[rank] / sum(work),
+            "share": work[rank] / total,
             "stages": [
                 f"{names[begin]} ... {names[end - 1]}" if end - begin > 1 else names[begin]
                 for place, (begin, end) in zip(places, pairwise(bounds), strict=True)
@@ -152,8 +154,10 @@ def _cut(
 
 def _check_costs(**costs: float) -> None:
     for name, value in costs.items():
-        if not 0 <= value < float("inf"):
-            raise UserError(f"--{name} = {value} is no cost; use a number of 0 or more.")
+        if not 0 <= value <= DEAREST:
+            raise UserError(
+                f"--{name} = {value} is no cost; use a number from 0 to {DEAREST:,.0f}."
+            )
     if not costs["forward"] or not costs["input"] + costs["weight"]:
         raise UserError("--forward, and --input or --weight, must be above 0.")
 

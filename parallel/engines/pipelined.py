@@ -34,7 +34,7 @@ from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
 from parallel.parallelize import ParallelModel
 from parallel.pieces import local_part, whole_tensor
 from parallel.pipeline.laid import Pipeline, lay_pipeline
-from parallel.pipeline.runtime import Runtime
+from parallel.pipeline.runtime import Runtime, silence_schedules
 from parallel.pipeline.schedule import Schedule
 from parallel.precision import Precision, computing
 
@@ -258,6 +258,7 @@ def build(
     clock: Clock,
 ) -> PipelinedEngine:
     """The engine of a model on the meta device that has a chain, cut by the costs of its links."""
+    silence_schedules()
     pipeline = lay_pipeline(
         model,
         mesh,

@@ -48,8 +48,8 @@ def work_of_ranks(costs: Sequence[float], bounds: Bounds, places: Sequence[int])
 
 
 def balance(work: Sequence[float]) -> float:
-    """Mean over most: the share of the ideal speed that is left."""
-    return sum(work) / len(work) / max(work)
+    """Mean over most: the share of the ideal speed that is left; all of it where nobody has work."""
+    return sum(work) / len(work) / max(work) if max(work) else 1.0
 
 
 def _cut_row(runs: Sequence[float], stages: int) -> list[int]:

@@ -5,13 +5,14 @@ the index d (n + ranks) + i, so that no stage of one is the neighbour of a stage
 last are told by the schedule; sends and receives are put in here, in one order for all ranks.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._utils import TensorMeta
 from torch.distributed.pipelining.schedules import (
     _Action,
@@ -167,6 +168,14 @@ class Runtime(_PipelineScheduleRuntime):
 
     def _update_losses(self, stages: Any, losses: Any) -> None:
         """They are kept by microbatch; see `run`."""
+
+
+def silence_schedules() -> None:
+    """Let the runtime print nothing of its own.
+
+    Where a rank is lost, the others would write out their whole schedules before the error is told.
+    """
+    logging.getLogger(schedules.__name__).setLevel(logging.CRITICAL)
 
 
 def _contiguous(results: Any) -> Any:

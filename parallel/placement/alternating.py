@@ -133,7 +133,10 @@ def _renamed(gain: Reals, layer: Layer) -> Layer:
 def _repaired(layer: Layer, gain: Reals, load: Reals, cap: float) -> Layer | None:
     """After the exchanges that lose least for what they take off busy ranks; None where they do not do."""
     layer, ranks = layer.copy(), gain.shape[1]
-    while (over := _excess(busyness(layer, load, ranks), cap)).sum() > 0:
+    for _ in range(len(layer) ** 2):  # each takes something off, be it little
+        over = _excess(busyness(layer, load, ranks), cap)
+        if not over.sum() > 0:
+            return layer
         won, after = _exchanges(layer, gain, load)
         mine, other = after
         left = _excess(mine, cap) + _excess(other, cap)
@@ -145,7 +148,7 @@ def _repaired(layer: Layer, gain: Reals, load: Reals, cap: float) -> Layer | Non
         # Of those that cost nothing, the one that takes off most.
         cheapest = useful & (price <= max(price.min(), 0.0))
         _exchange(layer, int(np.argmax(np.where(cheapest, less, -np.inf))))
-    return layer
+    return None
 
 
 def _exchanged(layer: Layer, gain: Reals, load: Reals, cap: float) -> Layer:

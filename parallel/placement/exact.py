@@ -5,6 +5,8 @@ tokens that stay are sums of products of two of these, y[l, i, j, r] = x[l, i, r
 linear in Adams and Sherali's way: an expert on rank r has E / R companions there in the next layer, so that
 sum_j y = (E / R) x[l, i, r], and likewise sum_i. With y <= both factors that is exact, and its relaxation is
 far tighter than with these alone. Ranks are exchangeable: expert e of the first layer is on one of 0 ... e.
+HiGHS's tolerances are absolute and its numbers float64: large counts are divided, so that their mean is
+`MEAN`, and an optimum is proven to 1e-9 of the mean count.
 """
 
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from scipy.sparse import csr_matrix, eye, hstack, kron, vstack
 from parallel.placement.problem import Layer, Places, Problem, Reals
 
 OPTIMAL, RAN_OUT = 0, 1
+MEAN = 1000.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def most_even(load: Reals, ranks: int, seconds: float) -> Layer | None:
     count = experts * ranks
     one = kron(eye(experts), np.ones((1, ranks)))
     full = kron(np.ones((1, experts)), eye(ranks))
-    work = kron(load[None, :], eye(ranks))
+    work = kron(load[None, :] / _unit(load), eye(ranks))
     rows = vstack([_wide(one), _wide(full), hstack([work, -np.ones((ranks, 1))])])
     low = np.concatenate(
         [np.ones(experts), np.full(ranks, experts // ranks), np.full(ranks, -np.inf)]
@@ -89,10 +92,11 @@ def fewest_hops(problem: Problem, caps: Reals, seconds: float) -> Exact:
         size = np.full(block.shape[0], value)
         add(hstack([block, csr_matrix((block.shape[0], pairs))]), size, size)
     for layer in np.flatnonzero(np.isfinite(caps)).tolist():
-        work = kron(problem.load[layer][None, :], identity)
+        unit = _unit(problem.load[layer])
+        work = kron(problem.load[layer][None, :] / unit, identity)
         before, after = layer * width, xs + pairs - (layer + 1) * width
         block = hstack([csr_matrix((ranks, before)), work, csr_matrix((ranks, after))])
-        add(block, np.full(ranks, -np.inf), np.full(ranks, caps[layer]))
+        add(block, np.full(ranks, -np.inf), np.full(ranks, caps[layer] / unit))
     for layer in range(layers - 1):
         for neighbour, summed, spread in (
             (layer, of_first, spread_first),
@@ -105,8 +109,9 @@ def fewest_hops(problem: Problem, caps: Reals, seconds: float) -> Exact:
             add(block, np.full(many, -np.inf), np.zeros(many))
     upper = np.ones(xs + pairs)
     upper[:width][np.triu(np.ones((experts, ranks)), 1).ravel() > 0] = 0
+    flow = problem.flow.ravel() / _unit(problem.flow)
     found = milp(
-        np.concatenate([np.zeros(xs), -np.repeat(problem.flow.ravel(), ranks)]),
+        np.concatenate([np.zeros(xs), -np.repeat(flow, ranks)]),
         constraints=LinearConstraint(
             csr_matrix(vstack(rows)), np.concatenate(lows), np.concatenate(highs)
         ),
@@ -120,6 +125,11 @@ def fewest_hops(problem: Problem, caps: Reals, seconds: float) -> Exact:
         return Exact(None, proven=False)
     places: Places = found.x[:xs].reshape(layers, experts, ranks).argmax(2)
     return Exact(places, proven=found.status == OPTIMAL)
+
+
+def _unit(counts: Reals) -> float:
+    """By which counts are divided for HiGHS; 1 where they are small already."""
+    return max(float(counts.sum()) / max(counts.size, 1) / MEAN, 1.0)
 
 
 def _pair(

@@ -99,6 +99,6 @@ def _check(problem: Problem) -> None:
         )
     if not problem.limit >= 1:
         raise UserError(
-            f"--limit {problem.limit:g} is below 1, the load of a rank where all have the same; use 1.05, or "
-            "inf to place by hops alone."
+            f"--limit {problem.limit:g} is not 1 or more, and 1 is the load of a rank where all have the "
+            "same; use 1.05, or inf to place by hops alone."
         )

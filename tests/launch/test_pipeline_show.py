@@ -46,6 +46,7 @@ def test_a_table_and_pictures(flowmill: Flowmill, tmp_path: Path) -> None:
         (("--stages", "5000"), "--stages 5000 and --microbatches 8 are too many to show"),
         (("--forward", "-1"), "--forward = -1.0 is no cost"),
         (("--forward", "nan"), "--forward = nan is no cost"),
+        (("--forward", "1e308"), "use a number from 0 to 1,000,000,000,000."),
         (("--input", "0", "--weight", "0"), "--input or --weight, must be above 0"),
         (("--png", "a.jpg"), "--png a.jpg is not the name of a .png file"),
         (("--svg", "a.png"), "--svg a.png is not the name of a .svg file"),

@@ -60,6 +60,11 @@ def test_only_borders_are_cut_where_they_are_asked_for() -> None:
         cut(costs, list(range(5)), borders=(0, 1, 2, 3))
 
 
+def test_ranks_without_any_work_are_balanced() -> None:
+    costs = [0.0] * 4
+    assert balance(work_of_ranks(costs, cut(costs, [0, 1]), [0, 1])) == 1.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_balances_a_deep_shallow_flow_on_four_ranks(name: str) -> None:
     with torch.device("meta"):

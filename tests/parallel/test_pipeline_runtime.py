@@ -1,13 +1,15 @@
 """Every schedule on real ranks: losses and gradients are those of one rank."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import schedules
 
 from parallel.pipeline.catalog import NAMES, Words, make_schedule
-from parallel.pipeline.runtime import Runtime
+from parallel.pipeline.runtime import Runtime, silence_schedules
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 
@@ -136,3 +138,13 @@ def test_every_schedule_gives_the_gradients_of_one_rank(world_size: int) -> None
                     assert difference <= TOLERANCE, (name, step, key)
         directions = 2 if name in ("bitpipe", "chimera") else 1
         assert len(seen) == directions * len(expected[0][1]), name
+
+
+def test_the_runtime_writes_no_schedules_where_a_rank_fails() -> None:
+    level = schedules.logger.level
+    assert schedules.logger.isEnabledFor(logging.ERROR)
+    silence_schedules()
+    try:
+        assert not schedules.logger.isEnabledFor(logging.ERROR)
+    finally:
+        schedules.logger.setLevel(level)

@@ -190,6 +190,18 @@ def test_where_no_placement_is_as_even_the_most_even_one_is_taken() -> None:
         assert busyness(layer, own, 2).max() == least
 
 
+@pytest.mark.parametrize("method", ["exact", "alternating"])
+@pytest.mark.parametrize("limit", [1.05, math.inf])
+def test_counts_of_any_size_are_placed_as_well(method, limit) -> None:
+    flow, load = zipf(3, 8, 0.7, seed=7)
+    times = 2.0 ** math.floor(math.log2(2**53 / max(flow.sum(), load.sum())))
+    best = [
+        hops(flow, solved(Problem(flow * more, load * more, 2, limit), method).places)
+        for more in (1.0, times)
+    ]
+    assert best[0] == best[1]
+
+
 def test_a_looser_limit_allows_fewer_hops() -> None:
     flow, load = zipf(4, 16, 1.0, seed=5)
     found = [
@@ -227,8 +239,8 @@ def test_alternating_ends_where_it_began_with_the_same_seed() -> None:
         (3, 1.05, r"--ranks 3: 8 experts a layer lie on 2, 4 or 8 ranks"),
         (1, 1.05, r"--ranks 1: 8 experts a layer lie on 2, 4 or 8 ranks"),
         (16, 1.05, r"--ranks 16: 8 experts a layer"),
-        (2, 0.5, r"--limit 0\.5 is below 1"),
-        (2, math.nan, r"--limit nan is below 1"),
+        (2, 0.5, r"--limit 0\.5 is not 1 or more"),
+        (2, math.nan, r"--limit nan is not 1 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(ranks, limit, sentence) -> None:

@@ -13,6 +13,7 @@ from launch.cli import main
 from parallel.placement.problem import contiguous
 from tests.trainer import families, runs
 from trainer import metrics_log
+from trainer.assembly import plan
 from trainer.expert_placement import layers_of_experts, orders, place_run, write_placed
 from trainer.recipe import override_recipe, write_recipe
 from trainer.run_folder import open_run
@@ -187,6 +188,11 @@ def test_the_command_prints_costs_and_a_record(traced, tmp_path, capsys, monkeyp
     assert np.array(record["places"]).shape == (LAYERS, EXPERTS)
     assert record["written"] == str(tmp_path / "run")
     assert "recipe.yaml" in {path.name for path in (tmp_path / "run").iterdir()}
+    _, made = open_run(str(tmp_path / "run"))
+    assert plan(made, 2).layout.ep == 2
+    shown = said("--ranks", "4", "--method", "alternating", "--write", str(tmp_path / "four"))
+    assert f"flowmill train {tmp_path / 'four' / 'recipe.yaml'} --ranks 4 goes on" in shown
+    assert plan(open_run(str(tmp_path / "four"))[1], 4).layout.ep == 4
 
 
 @pytest.mark.parametrize(
@@ -194,7 +200,7 @@ def test_the_command_prints_costs_and_a_record(traced, tmp_path, capsys, monkeyp
     [
         ({"ranks": None}, r"trained with parallel\.ep = 1, .* as in --ranks 2"),
         ({"ranks": 3}, r"--ranks 3: 8 experts a layer lie on 2, 4 or 8 ranks"),
-        ({"limit": 0.0}, r"--limit 0 is below 1"),
+        ({"limit": 0.0}, r"--limit 0 is not 1 or more"),
         ({"since": STEPS}, r"routing\.jsonl traces no step after step 8; train with"),
     ],
 )
@@ -222,6 +228,43 @@ def test_runs_without_experts_or_trace_are_refused(traced, tmp_path) -> None:
     shutil.copyfile(traced["swiglu"] / "routing.jsonl", tmp_path / "dit_moe" / "routing.jsonl")
     with pytest.raises(UserError, match=r"`load` of step 2 is not 3 x 4 counts"):
         placing(tmp_path / "dit_moe")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("load", True, "`load` of step 4 is not 3 x 8 counts"),
+        ("load", 1.5, "`load` of step 4 is not 3 x 8 counts"),
+        ("load", "7", "`load` of step 4 is not 3 x 8 counts"),
+        ("load", -1, "`load` of step 4 is not 3 x 8 counts"),
+        ("load", 2**53 - 1, "`load` of step 4 is not 3 x 8 counts"),
+        ("load", 10**30, "`load` of step 4 is not 3 x 8 counts"),
+        ("load", [1], "`load` of step 4 is not 3 x 8 counts"),
+        ("step", 2, "step 2 is there already, in line 1"),
+        ("step", 4.5, "`step` is not a whole number"),
+        ("step", "Infinity", "is not a step's record"),
+    ],
+)
+def test_a_damaged_trace_is_refused(traced, tmp_path, key, value, sentence) -> None:
+    shutil.copytree(traced["swiglu"], tmp_path / "run")
+    trace = tmp_path / "run" / "routing.jsonl"
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    if key == "step":
+        lines[1]["step"] = value
+    else:
+        lines[1][key][0][3] = value
+    trace.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(UserError, match=rf"routing\.jsonl, line 2:? {sentence}"):
+        placing(tmp_path / "run")
+
+
+def test_a_trace_without_tokens_is_refused(traced, tmp_path) -> None:
+    shutil.copytree(traced["swiglu"], tmp_path / "run")
+    load, flow = np.zeros((LAYERS, EXPERTS), int), np.zeros((LAYERS - 1, EXPERTS, EXPERTS), int)
+    line = {"step": 2, "load": load.tolist(), "flow": flow.tolist()}
+    (tmp_path / "run" / "routing.jsonl").write_text(f"{json.dumps(line)}\n")
+    with pytest.raises(UserError, match="counts no token"):
+        placing(tmp_path / "run")
 
 
 def test_a_folder_that_holds_something_is_not_written(traced, placings) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from trainer.pictures import (
@@ -104,12 +105,24 @@ def test_an_empty_log_has_no_curve(tmp_path: Path) -> None:
         loss_curve([], tmp_path / "none.png", "law")
 
 
-def test_experts_by_noise_are_white_where_equal_and_coloured_where_not(tmp_path: Path) -> None:
+def test_experts_by_noise_are_white_where_equal_and_coloured_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two layers: one where all experts do as much, one where the first does all of the noise."""
     load = np.ones((2, 10, 4))
     load[1, :5] = (4.0, 0.0, 0.0, 0.0)
     load[1, 9] = 0.0  # no sample was there: nothing is drawn
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def watched(figure: Figure, *args, **keys) -> None:
+        saved.append(figure)
+        save(figure, *args, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
     expert_map(load, tmp_path / "experts.png", "law")
+    titles = [axes.get_title(loc="left") for axes in saved[0].axes]
+    assert titles[:2] == ["layer 0", "layer 1"]
     pixels = _pixels(tmp_path / "experts.png")
     # Of the two panels, left of the colour bar.
     half = pixels.shape[1] * 9 // 20

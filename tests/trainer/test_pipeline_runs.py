@@ -22,7 +22,8 @@ def test_a_pipelined_run_is_that_of_one_rank_and_goes_on_as_it(tmp_path: Path) -
     runs.train_here(runs.recipe(one, *SIZE, "train.steps=9"))
     two = runs.train(tmp_path / "two", *SIZE, *bitpipe, ranks=2)
     assert (two / "samples" / "step-00000006.png").is_file()
-    runs.train_here(runs.recipe(two, *SIZE, "train.steps=9"))
+    leaving = ("parallel.pp=1", "parallel.schedule=bitpipe")
+    runs.train_here(runs.recipe(two, *SIZE, *leaving, "train.steps=9"))
     for key in ("loss", "grad_norm"):
         assert runs.relative(runs.series(two, key), runs.series(one, key)) <= EXACT
     ours, theirs = runs.tensors(two), runs.tensors(one)
@@ -69,10 +70,9 @@ def test_what_a_pipeline_cannot_do_is_refused(
     assert sentence in str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["parallel.schedule=zbv", "parallel.chunks=3"])
-def test_a_schedule_without_a_pipeline_is_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(UserError, match=r"parallel\.pp = 1 makes no pipeline"):
-        runs.recipe(tmp_path, key)
+def test_a_schedule_without_a_pipeline_is_not_used(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, "parallel.schedule=zbv", "parallel.chunks=3")
+    assert plan(recipe, 1).degrees == plan(runs.recipe(tmp_path), 1).degrees
 
 
 def test_a_family_that_is_not_cut_is_refused(tmp_path: Path) -> None:

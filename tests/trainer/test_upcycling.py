@@ -85,6 +85,11 @@ def test_one_expert_becomes_many() -> None:
         ),
         ("dit", ["model.experts=4", "model.expert_hidden=64"], r"model\.expert_hidden = 64 is not"),
         ("lightningdit", ["model.experts=4"], r"model\.norm = rms is no option of the blocks"),
+        (
+            "dit",
+            ["model.experts=1000000000"],
+            r"model\.experts = 1,000,000,000 makes weights of [\d,]+ GiB, more than the",
+        ),
         ("tarflow", ["model.experts=4"], r"family tarflow, and mixtures are made of dit"),
         ("dit_moe", ["model.experts=4"], r"model\.experts = 8: only a dense network"),
     ],
