@@ -1,17 +1,14 @@
 """`flowmill bench`: what models and objectives are worth: claims of papers, sampling, experts."""
 
 import json
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli_options import AsJson
+from benchmarks.cli_options import AsJson, run_as_ranks
 from flows.errors import UserError
 
 if TYPE_CHECKING:
@@ -158,14 +155,11 @@ def experts(
 def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: bool) -> None:
     from benchmarks.expert_exchange import check_installed, check_shares, exchange
     from benchmarks.experts import SIZES
-    from launch.ranks import joined_by_launcher, run_ranks
     from parallel.processes import start, stop
 
     check_installed()
     check_shares(count, ranks)
-    if not joined_by_launcher():
-        with tempfile.TemporaryDirectory() as logs:
-            sys.exit(run_ranks(sys.argv[1:], ranks, Path(logs)))
+    run_as_ranks(ranks)
     joined = start("cpu", timeout_seconds=600)
     try:
         found = [exchange(joined, size, experts, rounds) for size in SIZES for experts in count]

@@ -2,17 +2,14 @@
 
 import json
 import os
-import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli_options import AsJson, Overrides, RecipeArgument
+from benchmarks.cli_options import AsJson, Overrides, RecipeArgument, run_as_ranks
 
 
 def overhead(
@@ -44,13 +41,10 @@ def engines(
     as_json: AsJson = False,
 ) -> None:
     """Every engine against bare PyTorch loops: two ranks, same tensors, step by step in turn."""
-    from launch.ranks import joined_by_launcher, run_ranks
     from trainer.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if not joined_by_launcher():
-        with tempfile.TemporaryDirectory() as logs:
-            sys.exit(run_ranks(sys.argv[1:], 2, Path(logs)))
+    run_as_ranks(2)
     from benchmarks.engines import measure
 
     result = measure(loaded, rounds, warm_up=20)
@@ -143,21 +137,16 @@ def pipeline(
     as_json: AsJson = False,
 ) -> None:
     """Pipeline schedules on real ranks whose work is a sleep: how long they wait, and what was predicted."""
-    from launch.ranks import joined_by_launcher, run_ranks
+    from benchmarks.pipeline import GAIN, WORDS, gains, measure
     from parallel.pipeline.catalog import NAMES, make_schedule
+    from parallel.processes import start, stop
 
     microbatches, names = microbatches or [4, 8], only or list(NAMES)
-    if not joined_by_launcher():
-        from benchmarks.pipeline import WORDS
-
-        for number in microbatches:  # refused once, not by every rank
-            for name in names:
-                if name != "dualpipev":
-                    make_schedule(name, ranks, number, None, WORDS)
-        with tempfile.TemporaryDirectory() as logs:
-            sys.exit(run_ranks(sys.argv[1:], ranks, Path(logs)))
-    from benchmarks.pipeline import GAIN, gains, measure
-    from parallel.processes import start, stop
+    for number in microbatches:  # refused before ranks start
+        for name in names:
+            if name != "dualpipev":
+                make_schedule(name, ranks, number, None, WORDS)
+    run_as_ranks(ranks)
 
     joined = start("cpu", 120.0)
     try:

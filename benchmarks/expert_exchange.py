@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.experts import CHOSEN, SIZES, Expert
+from benchmarks.experts import CHOSEN, SIZES, Expert, apart, gradient_of
 from flows.errors import UserError
 from flows.models.mixture import Mixture
 from flows.models.routers import Routing
@@ -95,9 +95,9 @@ def exchange(ranks: Ranks, size: str, experts: int, rounds: int) -> Exchanged:
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(ranks.rank))
     sides = _theirs(whole, ranks), _ours(whole, ranks)
     theirs, ours = (_run(side, x, probe) for side in sides)
-    apart = _largest(max(_apart(a, b) for a, b in zip(ours, theirs, strict=True)))
-    if apart > LARGEST_DIFFERENCE:
-        raise RuntimeError(f"the sides compute different things: {apart:.1e} apart")
+    difference = _largest(max(apart(a, b) for a, b in zip(ours, theirs, strict=True)))
+    if difference > LARGEST_DIFFERENCE:
+        raise RuntimeError(f"the sides compute different things: {difference:.1e} apart")
     times = []
     for turn in range(rounds + 2):
         order = sides if turn % 2 else sides[::-1]
@@ -106,7 +106,13 @@ def exchange(ranks: Ranks, size: str, experts: int, rounds: int) -> Exchanged:
     seconds = [statistics.median(column) for column in zip(*times[2:], strict=True)]
     ratio = statistics.median(theirs / ours for theirs, ours in times[2:])
     return Exchanged(
-        size, experts, samples * tokens * ranks.world_size, seconds[1], seconds[0], ratio, apart
+        size,
+        experts,
+        samples * tokens * ranks.world_size,
+        seconds[1],
+        seconds[0],
+        ratio,
+        difference,
     )
 
 
@@ -144,7 +150,7 @@ def _ours(whole: Mixture, ranks: Ranks) -> Side:
             local.copy_(every[mine])
 
     def gradients() -> list[Tensor]:
-        return [_gradient(w) for w in (mixture.router.gate.weight, *weights)]
+        return [gradient_of(w) for w in (mixture.router.gate.weight, *weights)]
 
     return Side(lambda given: mixture(given)[0], mixture, gradients)
 
@@ -179,9 +185,9 @@ def _theirs(whole: Mixture, ranks: Ranks) -> Side:
 
     def gradients() -> list[Tensor]:
         stacked = (
-            torch.stack([_gradient(getattr(e, name)) for e in own]) for name in ("up", "down")
+            torch.stack([gradient_of(getattr(e, name)) for e in own]) for name in ("up", "down")
         )
-        return [_gradient(layer.deepspeed_moe.gate.wg.weight), *stacked]
+        return [gradient_of(layer.deepspeed_moe.gate.wg.weight), *stacked]
 
     return Side(lambda given: layer(given)[0], layer, gradients)
 
@@ -198,7 +204,7 @@ def _run(side: Side, x: Tensor, probe: Tensor) -> list[Tensor]:
     given = x.clone().requires_grad_()
     y = side.forward(given)
     (y * probe).sum().backward()
-    return [y.detach(), _gradient(given), *side.gradients()]
+    return [y.detach(), gradient_of(given), *side.gradients()]
 
 
 def _timed(side: Side, x: Tensor, probe: Tensor) -> float:
@@ -216,13 +222,3 @@ def _largest(value: float) -> float:
     found = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    if weight.grad is None:
-        raise RuntimeError("a weight has no gradient after a backward")
-    return weight.grad.clone()
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())

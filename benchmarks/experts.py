@@ -104,7 +104,7 @@ def measure(size: str, experts: int, rounds: int) -> Measured:
         y = forward(given)
         (y * probe).sum().backward()
         seconds = time.process_time() - begun
-        return seconds, [y.detach(), _gradient(given)]
+        return seconds, [y.detach(), gradient_of(given)]
 
     products = _products(samples * tokens, width, hidden, experts)
     times: list[tuple[float, float, float]] = []
@@ -113,11 +113,11 @@ def measure(size: str, experts: int, rounds: int) -> Measured:
         theirs, others = run(loop, loop)
         times.append((ours, theirs, products()))
     weights = (mixture.router.gate.weight, mixture.experts.up, mixture.experts.down)
-    mine += [_gradient(weight) for weight in weights]
-    others += [_gradient(loop.gate), *_stacked(loop)]
-    apart = max(_apart(a, b) for a, b in zip(mine, others, strict=True))
+    mine += [gradient_of(weight) for weight in weights]
+    others += [gradient_of(loop.gate), *_stacked(loop)]
+    difference = max(apart(a, b) for a, b in zip(mine, others, strict=True))
     ours, theirs, bare = (statistics.median(column) for column in zip(*times[2:], strict=True))
-    return Measured(size, experts, samples * tokens, ours, theirs, bare, apart)
+    return Measured(size, experts, samples * tokens, ours, theirs, bare, difference)
 
 
 def _products(tokens: int, width: int, hidden: int, experts: int) -> Callable[[], float]:
@@ -137,7 +137,8 @@ def _products(tokens: int, width: int, hidden: int, experts: int) -> Callable[[]
     return run
 
 
-def _gradient(weight: Tensor) -> Tensor:
+def gradient_of(weight: Tensor) -> Tensor:
+    """Raises RuntimeError where a backward left none."""
     if weight.grad is None:
         raise RuntimeError("a weight has no gradient after a backward")
     return weight.grad
@@ -145,9 +146,10 @@ def _gradient(weight: Tensor) -> Tensor:
 
 def _stacked(loop: Loop) -> list[Tensor]:
     """Gradients of `up` and `down` as the mixture has them."""
-    named = [[_gradient(getattr(one, name)) for one in loop.experts] for name in ("up", "down")]
+    named = [[gradient_of(getattr(one, name)) for one in loop.experts] for name in ("up", "down")]
     return [torch.stack(gradients) for gradients in named]
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, of the largest number."""
     return float((ours - theirs).abs().max() / theirs.abs().max())

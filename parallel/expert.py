@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flows.errors import UserError
 from flows.models.mixture import Compute, Experts, Meanwhile
-from flows.models.routers import Reach, Router
+from flows.models.routers import Reach, routers_of
 from parallel.exchange import send_rows_off, send_to_each
 from parallel.mesh import AXES, Layout, divisors
 from parallel.pieces import Cut
@@ -66,7 +66,7 @@ NOTHING = Scattered({}, (), None, 1, 1)
 
 def check_routing(model: nn.Module, layout: Layout) -> None:
     """Raise UserError for routers that need what ranks of this layout do not have."""
-    found = [module.routing for module in model.modules() if isinstance(module, Router)]
+    found = [router.routing for router in routers_of(model)]
     if found and layout.sequence:
         raise UserError(
             "parallel.sequence = true cuts tokens over parallel.tp, which routers of experts do not know "
@@ -88,9 +88,8 @@ def widen_routers(model: nn.Module, group: ProcessGroup) -> None:
     Gradients are averaged over `group` afterwards, as context parallelism does.
     """
     reach = Reach(partial(mean_over_ranks, group=group), partial(all_reduce, group=group))
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.reach = reach
+    for router in routers_of(model):
+        router.reach = reach
 
 
 def mean_over_ranks(own: Tensor, group: ProcessGroup) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flows.models.dit_moe import routers
-from flows.models.routers import rebalance
+from flows.models.routers import rebalance, routers_of
 from parallel.engines.engine import Engine, StepResult
 
 BUCKETS = 10  # equal intervals of flow time in [0, 1]
@@ -59,7 +58,7 @@ def rebalance_routers(engine: Engine, sums: RoutingSums, skip: Tensor) -> None:
 
     skip: () 1 where the optimizer step was skipped
     """
-    rebalance(routers(engine.outline()), sums.load.sum(1), skip)
+    rebalance(routers_of(engine.outline()), sums.load.sum(1), skip)
 
 
 class ExpertUse:

@@ -26,7 +26,7 @@ from flows.models.division import Region
 from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, unpatchify
 from flows.models.mixture import Mixture
 from flows.models.norms import LayerNorm, gated_residual, modulated_norm
-from flows.models.routers import Cell, Router, RouterCell, is_traced
+from flows.models.routers import Cell, RouterCell, is_traced, routers_of
 from flows.routed import Mixed, Routed, stacked
 
 
@@ -107,7 +107,7 @@ class DiTMoE(nn.Module):
             return
         side = self.config.image_size // self.config.patch
         self.position.copy_(sincos_positions(side, self.config.width))
-        for router in routers(self):
+        for router in routers_of(self):
             router.reset_buffers()
 
     def forward(
@@ -242,11 +242,6 @@ class DiTMoE(nn.Module):
     def init_rules(self) -> dict[str, Rule]:
         """Parameter name -> how its first values are drawn."""
         return {name: _rule(name, weight.shape) for name, weight in self.named_parameters()}
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """All routers of a network, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def _of_layers(mask: Tensor | None, depth: int) -> Sequence[Tensor | None]:

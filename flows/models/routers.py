@@ -329,29 +329,33 @@ def rounded(weight: Tensor) -> Tensor:
     return weight.to(dtype_of_products(weight)).float()
 
 
+def routers_of(model: nn.Module) -> list[Router]:
+    """All routers of a network, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
 def routing_shape(model: nn.Module) -> tuple[int, int] | None:
     """(layers with experts, experts of each); None for a network without experts."""
-    found = [module for module in model.modules() if isinstance(module, Router)]
+    found = routers_of(model)
     return (len(found), found[0].routing.experts) if found else None
 
 
 def drop_nothing(model: nn.Module) -> None:
     """Let tokens find a place wherever they ask, in place: then no layer's work hangs on what they ask."""
-    for module in model.modules():
-        if isinstance(module, Router) and module.routing.chooser == "tokens":
-            module.routing = replace(module.routing, capacity=0.0)
+    for router in routers_of(model):
+        if router.routing.chooser == "tokens":
+            router.routing = replace(router.routing, capacity=0.0)
 
 
 def is_traced(model: nn.Module) -> bool:
     """Whether the routers of a network count from which experts their tokens come."""
-    return any(module.traced for module in model.modules() if isinstance(module, Router))
+    return any(router.traced for router in routers_of(model))
 
 
 def trace_flow(model: nn.Module) -> None:
     """Let all routers of a network count from which experts their tokens come, in place."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.traced = True
+    for router in routers_of(model):
+        router.traced = True
 
 
 @torch.no_grad()

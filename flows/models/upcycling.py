@@ -13,8 +13,9 @@ from torch import Tensor
 from flows.errors import UserError
 from flows.initialise import Rule, fill_
 from flows.models.dit import DiTConfig
-from flows.models.dit_moe import DiTMoE, routers
+from flows.models.dit_moe import DiTMoE
 from flows.models.dit_moe_config import DiTMoEConfig
+from flows.models.routers import routers_of
 
 GATE_STD = 0.02
 # Keys that a dense network and the mixture made of it have in common.
@@ -83,7 +84,7 @@ def upcycled(state: Mapping[str, Tensor], config: DiTMoEConfig, seed: int) -> di
         else:
             made[name] = state[name].clone()
     model.to_empty(device="cpu")
-    for router in routers(model):
+    for router in routers_of(model):
         router.reset_buffers()
     buffers = {n: v for n, v in model.state_dict().items() if n not in made}
     return made | buffers
