@@ -124,6 +124,7 @@ class Subject:
 
     noise: of its training
     denoise: share of it that is taken out of samples
+    variance: of the prior of a flow that preserves volume; None for 1
     """
 
     model: AutoregressiveFlow
@@ -132,6 +133,7 @@ class Subject:
     noise: float
     denoise: float
     device: torch.device
+    variance: Tensor | None
 
     def draw(
         self, ids: range, strategy: Strategy | Sequence[Strategy], tolerance: float
@@ -141,7 +143,7 @@ class Subject:
         asked = self.asked(ids)
         return invert(
             self.model,
-            prior(self.model, self.recipe.seed, samples),
+            prior(self.model, self.recipe.seed, samples, self.variance),
             asked["label"],
             asked.get("text"),
             strategy=strategy,
@@ -155,7 +157,10 @@ class Subject:
             return x
         flow = cast(nn.Module, self.model)
         asked = self.asked(ids)
-        return denoise_by_score(flow, x, asked, noise=self.noise, scale=self.denoise).sample
+        found = denoise_by_score(
+            flow, x, asked, noise=self.noise, scale=self.denoise, variance=self.variance
+        )
+        return found.sample
 
     def asked(self, ids: range) -> dict[str, Tensor]:
         """What the samples of these ids are to be."""
@@ -246,7 +251,9 @@ def measure(
 def _subject(run: RunFolder, recipe: Recipe) -> Subject:
     device = choose_device("auto", 0)
     section, objective = recipe.sample, recipe.objective
-    model = load_trained(run, recipe, device, batch=1).model
+    trained = load_trained(run, recipe, device, batch=1)
+    model, variance = trained.model, trained.shared.variance
+    variance = None if variance is None else variance.to(device)
     # What a dequantiser adds is there to be trained with.
     model = model.flow if isinstance(model, Dequantised) else model
     if not (isinstance(section, InversionSection) and isinstance(model, TarFlow | STARFlow)):
@@ -263,7 +270,7 @@ def _subject(run: RunFolder, recipe: Recipe) -> Subject:
         temperature=section.temperature,
     )
     flow = cast(AutoregressiveFlow, model)
-    return Subject(flow, recipe, guidance, objective.noise, section.denoise, device)
+    return Subject(flow, recipe, guidance, objective.noise, section.denoise, device, variance)
 
 
 def _search(subject: Subject, batch: int, tolerance: float) -> list[Choice]:
@@ -277,6 +284,7 @@ def _search(subject: Subject, batch: int, tolerance: float) -> list[Choice]:
         tolerance=tolerance,
         accuracy=tolerance,
         seed=subject.recipe.seed + 1,
+        variance=subject.variance,
     )
 
 

@@ -74,21 +74,24 @@ def heldout_bits(
     train: Tensor,
     heldout: tuple[Tensor, Tensor],
     seed: int,
+    variance: Tensor | None = None,
 ) -> Bits:
     """Bits per dimension of held-out images, by the model and by mixtures of Gaussians.
 
     train: (n, channels, height, width) images in [-1, 1], or latents
     heldout: (m, channels, height, width) images and their (m,) labels
+    variance: (tokens, features) of the prior of a flow that preserves volume; None for 1
 
     The noise of image i is a function of (seed, i).
     """
     device = next(model.parameters()).device
     images, labels = heldout
+    variance = None if variance is None else variance.to(device)
     found = []
     for ids in torch.arange(len(images)).split(BATCH):
         batch = Batch(images[ids], labels[ids], ids).to(device)
         ready = objective.prepare(batch, Draw(seed, 0, batch.position))
-        found.append(objective.bits(model(**ready.inputs)).double().cpu())
+        found.append(objective.bits(model(**ready.inputs), variance).double().cpu())
     bits = torch.cat(found)
     mixture = gaussian_mixture_bits(
         _with_noise(train, objective, seed, step=1),  # fitted to other noise than it is tried on

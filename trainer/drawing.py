@@ -85,7 +85,7 @@ def find_shared(model: nn.Module, recipe: Recipe, device: torch.device, *, batch
     flow, section = _flow(model), recipe.sample
     if not isinstance(section, InversionSection) or isinstance(flow, Jet):
         return Shared()
-    return from_first(lambda: _shared(flow, recipe, section, device, batch))
+    return from_first(lambda: _shared(model, recipe, section, device, batch))
 
 
 def draw_samples(
@@ -191,15 +191,16 @@ def _invert(
     """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
     objective = recipe.objective
     assert isinstance(objective, LikelihoodSection)
+    variance = None if shared.variance is None else shared.variance.to(ids.device)
     if isinstance(flow, Jet):
         shape = (flow.config.tokens, flow.config.features)
         noise = Draw(recipe.seed, 0, ids).normal("sample_noise", shape)
         x, calls = flow.inverse(noise, condition["label"]), 1.0
     else:
-        chains, variance = cast(AutoregressiveFlow, flow), shared.variance
+        chains = cast(AutoregressiveFlow, flow)
         inverted = invert(
             chains,
-            prior(chains, recipe.seed, ids, None if variance is None else variance.to(ids.device)),
+            prior(chains, recipe.seed, ids, variance),
             **condition,
             strategy=shared.strategies,
             guidance=_guidance(section),
@@ -208,18 +209,25 @@ def _invert(
         )
         x, calls = inverted.x, inverted.network_calls
     if objective.noise and section.denoise:
-        clean = denoise_by_score(flow, x, condition, noise=objective.noise, scale=section.denoise)
+        clean = denoise_by_score(
+            flow,
+            x,
+            condition,
+            noise=objective.noise,
+            scale=section.denoise,
+            variance=variance,
+        )
         x, calls = clean.sample, calls + clean.network_calls
     return Sampled(x, torch.full((len(x),), calls, dtype=torch.float64))
 
 
 def _shared(
-    flow: nn.Module, recipe: Recipe, section: InversionSection, device: torch.device, batch: int
+    model: nn.Module, recipe: Recipe, section: InversionSection, device: torch.device, batch: int
 ) -> Shared:
     """Of an autoregressive flow, on conditions like those of the first batch."""
-    variance, strategies = None, _strategy(section)
+    flow, variance, strategies = _flow(model), None, _strategy(section)
     if isinstance(flow, TarFlow) and flow.config.volume_preserving:
-        variance = measured_variance(flow, recipe, device).cpu()
+        variance = measured_variance(model, recipe, device).cpu()
     if section.strategy != "auto":
         return Shared(variance, strategies)
     first = ask(recipe, torch.arange(batch)).condition(device)
@@ -231,6 +239,7 @@ def _shared(
         guidance=_guidance(section),
         tolerance=section.tolerance,
         accuracy=section.accuracy,
+        variance=None if variance is None else variance.to(device),
     )
     return Shared(variance, [choice.strategy for choice in choices])
 

@@ -4,9 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.refusals import shown
 from trainer.section import AnyObjective, AnySampling, Positive, Section
 
 NO_GUIDANCE = 0.0
+COUPLINGS = (
+    "jet"  # the family whose flows are undone in one pass, with nothing to solve or to guide
+)
 
 
 class DequantiserSection(Section):
@@ -96,3 +100,22 @@ class InversionSection(AnySampling):
                 "guides scale and shift together; set sample.parts=both"
             )
         return self
+
+
+def follows(family: str, name: str) -> bool:
+    """Whether samples of a family can follow the key `name` (section.key), where its recipe has it."""
+    section, _, key = name.partition(".")
+    every = {*AnySampling.model_fields} - {"guidance"}
+    return family != COUPLINGS or section != "sample" or key in every | {"denoise"}
+
+
+def check_followed(family: str, section: AnySampling) -> None:
+    """ValueError for a key that is set and that samples of the family cannot follow."""
+    for key, value in section.own_keys().items():
+        default = type(section).model_fields[key].default
+        if value != default and not follows(family, f"sample.{key}"):
+            raise ValueError(
+                f"sample.{key} = {shown(value)} is for flows that are solved token by token, and the "
+                f"family {family} is undone in one pass, without guidance or strategy; drop "
+                f"sample.{key} (or set it to {shown(default)}), or choose model.family=tarflow"
+            )

@@ -41,7 +41,9 @@ def judge_run(
     objective = measured_objective(recipe)
     bits = None
     if objective is not None:
-        bits = heldout_bits(trained.model, objective, train[0], heldout, recipe.seed)
+        bits = heldout_bits(
+            trained.model, objective, train[0], heldout, recipe.seed, trained.shared.variance
+        )
     train, heldout = (
         (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
     )

@@ -15,11 +15,13 @@ BATCH = 128
 
 
 @torch.no_grad()
-def measured_variance(flow: nn.Module, recipe: Recipe, device: torch.device) -> Tensor:
+def measured_variance(model: nn.Module, recipe: Recipe, device: torch.device) -> Tensor:
     """(tokens, features) float32 variance of z over the first training images, as they are trained on.
 
     It is a function of the weights and the data, so that no checkpoint holds it and every rank finds
     the same.
+
+    model: the flow, with its dequantiser if it has one
     """
     objective = build_objective(recipe)
     assert isinstance(objective, Likelihood)
@@ -29,5 +31,5 @@ def measured_variance(flow: nn.Module, recipe: Recipe, device: torch.device) -> 
     for batch in whole.split(BATCH):
         there = batch.to(device)
         ready = objective.prepare(there, Draw(recipe.seed, 0, there.position))
-        latents.append(flow(**ready.inputs).z)
+        latents.append(model(**ready.inputs).z)
     return prior_variance(latents)

@@ -22,9 +22,9 @@ from flows.errors import UserError
 from flows.models.family import Kind
 from flows.models.zoo import FAMILIES
 from trainer.data_sections import DataSection, check_latents
-from trainer.flow_sections import InversionSection, LikelihoodSection
+from trainer.flow_sections import InversionSection, LikelihoodSection, check_followed, follows
 from trainer.model_section import ModelSection, chosen_family, section_of
-from trainer.refusals import refusals
+from trainer.refusals import has_key, refusals
 from trainer.run_sections import (
     CheckpointSection,
     OptimizerSection,
@@ -65,6 +65,7 @@ class Recipe(Section):
                 f"data.class_names lists {len(names)} names for data.classes = {classes} classes; "
                 "give one for each"
             )
+        check_followed(self.model.family, self.sample)
         if self.sample.guided and self.objective.label_drop == 0.0:
             raise ValueError(
                 f"sample.guidance = {self.sample.guidance} needs a model that saw hidden labels; "
@@ -111,6 +112,11 @@ def recipe_of(family: str) -> type[Recipe]:
     )
 
 
+def _owners(name: str) -> list[str]:
+    """Families whose recipes have the key `name`, and can follow it."""
+    return [one for one in FAMILIES if has_key(recipe_of(one), name) and follows(one, name)]
+
+
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
     """The recipe of a YAML file, or of a shipped name, with `section.key=value` changes.
 
@@ -149,7 +155,8 @@ def build_recipe(data: dict[str, Any], where: str, overrides: Sequence[str] = ()
         return kind.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{_origin(name, where, overrides)}: {line}" for name, line in refusals(error, kind)
+            f"{_origin(name, where, overrides)}: {line}"
+            for name, line in refusals(error, kind, _owners)
         ]
         raise UserError("\n".join(lines)) from None
 

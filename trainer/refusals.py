@@ -1,7 +1,7 @@
 """What pydantic refuses in a recipe, as sentences that name the key and say what would be right."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -37,21 +37,31 @@ _MUST = {
 }
 
 
-def refusals(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+# Dotted name -> the families of models whose recipes have such a key.
+Owners = Callable[[str], list[str]]
+
+
+def refusals(
+    error: ValidationError, model: type[BaseModel], owners: Owners
+) -> Iterator[tuple[str, str]]:
     """(dotted name, sentence) of each key of a `model` that was refused; "" is the whole."""
     for item in error.errors(include_url=False):
         # Which kind a value was taken for, in brackets, is no part of its name.
         location = [part for part in item["loc"] if not str(part).startswith("(")]
         keys = [part for part in location if isinstance(part, str)]
-        yield ".".join(keys), _sentence(model, item["type"], location, item)
+        yield ".".join(keys), _sentence(model, item["type"], location, item, owners)
 
 
-def _sentence(model: type[BaseModel], kind: str, location: list[Any], item: Any) -> str:
+def _sentence(
+    model: type[BaseModel], kind: str, location: list[Any], item: Any, owners: Owners
+) -> str:
     name, value = _named(location), shown(item["input"])
     context = {key: _plain(limit) for key, limit in item.get("ctx", {}).items()}
     if kind == "value_error":
         return f"{name}: {context['error']}." if name else f"{context['error']}."
     if kind == "extra_forbidden":
+        if families := owners(name):
+            return _of_others(model, location, families)
         return f"{name} is not a key of a recipe; {_nearest(model, location)}"
     if kind == "missing":
         return _missing(model, location)
@@ -87,6 +97,24 @@ def _nearest(model: type[BaseModel], location: list[Any]) -> str:
     if elsewhere := [name for name in _leaves(model) if name.rpartition(".")[2] == key]:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"{_named(inside) or 'a recipe'} has the keys {', '.join(_keys(section))}."
+
+
+def _of_others(model: type[BaseModel], location: list[Any], families: list[str]) -> str:
+    """Of a key that recipes of other families have."""
+    *inside, key = location
+    near = difflib.get_close_matches(str(key), _keys(_at(model, inside) or model), 1)
+    hint = (
+        f"did you mean {_named([*inside, near[0]])}?" if near else "drop it, or change the family."
+    )
+    many = (
+        f"the families {', '.join(families)}" if len(families) > 1 else f"the family {families[0]}"
+    )
+    return f"{_named(location)} is a key of {many}, and not of the family of this recipe; {hint}"
+
+
+def has_key(model: type[BaseModel], name: str) -> bool:
+    """Whether a `model` has the key, or the section, of a dotted name."""
+    return any(leaf == name or leaf.startswith(f"{name}.") for leaf in _leaves(model))
 
 
 def _at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:

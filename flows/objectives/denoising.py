@@ -24,10 +24,13 @@ class Denoising:
 
     flow: with its weights as they shall be
     trained_by: the objective that it was trained by, whose noise is to be found
+    variance: (tokens, features) of the flow's prior, see `flows.objectives.likelihood.prior_variance`;
+        None for 1
     """
 
     flow: Flow
     trained_by: Likelihood
+    variance: Tensor | None = None
 
     @property
     def couple(self) -> Couple | None:
@@ -38,7 +41,7 @@ class Denoising:
         """Noisy data as the flow was shown it, and the noise that the flow sees in it."""
         inputs = self.trained_by.prepare(batch, draw).inputs
         x = inputs.pop("x")
-        target = -self.trained_by.noise * score(self.flow, x, inputs)
+        target = -self.trained_by.noise * score(self.flow, x, inputs, self.variance)
         return Prepared(inputs={"x": x}, targets={"noise": target}, time=None)
 
     def loss(self, outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:

@@ -100,9 +100,12 @@ class Likelihood:
         fit = 0.5 * z.float().square().flatten(1).mean(1) - logdet.float() / z[0].numel()
         return fit + self.power * power.float() if self.power else fit
 
-    def bits(self, outputs: FlowOutput) -> Tensor:
-        """(batch,) bits per dimension; a bound for discrete pixels if these were dequantised."""
-        return bits_per_dimension(outputs, bin_width=self.bin_width)
+    def bits(self, outputs: FlowOutput, variance: Tensor | None = None) -> Tensor:
+        """(batch,) bits per dimension; a bound for discrete pixels if these were dequantised.
+
+        variance: (tokens, features) of the prior; None for 1
+        """
+        return bits_per_dimension(outputs, bin_width=self.bin_width, variance=variance)
 
 
 def log_likelihood(output: FlowOutput, variance: Tensor | None = None) -> Tensor:

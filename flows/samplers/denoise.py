@@ -33,29 +33,37 @@ class Denoised:
     network_calls: int
 
 
-def score(flow: Flow, x: Tensor, condition: Condition) -> Tensor:
+def score(flow: Flow, x: Tensor, condition: Condition, variance: Tensor | None = None) -> Tensor:
     """(batch, ...) float32 grad log p(x) of each sample, detached; leaves no gradient in weights.
 
     x: (batch, ...) points of data space
     condition: what the samples were asked to be
+    variance: (tokens, features) of the prior, on the device of x; None for 1
     """
     with torch.enable_grad():
         point = x.detach().float().requires_grad_()
-        density = log_likelihood(flow(point, **condition))
+        density = log_likelihood(flow(point, **condition), variance)
         (gradient,) = torch.autograd.grad(density.sum(), point)
     return gradient
 
 
 def denoise_by_score(
-    flow: Flow, x: Tensor, condition: Condition, *, noise: float, scale: float
+    flow: Flow,
+    x: Tensor,
+    condition: Condition,
+    *,
+    noise: float,
+    scale: float,
+    variance: Tensor | None = None,
 ) -> Denoised:
     """x + scale noise^2 grad log p(x).
 
     noise: standard deviation of the noise that the flow was trained with
     scale: 1 by Tweedie's formula; TarFlow tunes it to between 0.9 and 1.4
+    variance: of the prior that x was drawn from, see `score`
     """
     step = scale * noise**2
-    return Denoised(x.float() + step * score(flow, x, condition), network_calls=2)
+    return Denoised(x.float() + step * score(flow, x, condition, variance), network_calls=2)
 
 
 @torch.no_grad()
@@ -70,6 +78,6 @@ def noise_from_gradient(gradient: Tensor, *, noise: float) -> Tensor:
     """(batch, ...) -noise grad log p(x), from what the backward of a flow's own training leaves in x.
 
     gradient: (batch, ...) of the sum over samples of the objective's loss, without a regulariser;
-        that loss is -log p(x) / D but for a constant
+        that loss is -log p(x) / D but for a constant, where the prior has variance 1
     """
     return gradient.detach().float() * (noise * gradient[0].numel())

@@ -57,6 +57,7 @@ def choose_strategy(
     tolerance: float,
     accuracy: float,
     seed: int = 0,
+    variance: Tensor | None = None,
 ) -> list[Choice]:
     """The fastest strategy of each block, the top block (the first to be inverted) first.
 
@@ -67,6 +68,7 @@ def choose_strategy(
     batch: samples in a batch, the size that the choice is for
     label, text, guidance, tolerance: as for `invert`
     accuracy: largest error of a block's solution, see `Choice`
+    variance: of the prior, as for `prior`
     """
     device = cast(FlowBlock, model.flow_blocks[0]).project_in.weight.device
     samples = torch.arange(batch, device=device)
@@ -77,7 +79,7 @@ def choose_strategy(
             model.condition(None, None, batch, device),
             guidance,
         )
-        tokens = prior(model, seed, samples)
+        tokens = prior(model, seed, samples, variance)
         for module in reversed(model.flow_blocks):
             block = cast(FlowBlock, module)
             tokens, choice = _choose(block, tokens, told, tolerance, accuracy)

@@ -77,6 +77,20 @@ def test_the_score_step_is_the_posterior_mean_for_gaussian_data() -> None:
     torch.testing.assert_close(twice.sample - x, 2 * (expected - x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_volume_preserving_flow_is_denoised_by_the_prior_it_is_sampled_from() -> None:
+    """The identity, of N(0, s^2) data with noise: E[clean | x] = s^2 / (s^2 + sigma^2) x."""
+    spread = torch.linspace(0.2, 2.0, 32).view(1, 2, 4, 4)
+
+    def identity(x: Tensor) -> FlowOutput:
+        return FlowOutput(x.flatten(2).transpose(1, 2), torch.zeros(len(x)), torch.zeros(len(x)))
+
+    variance = identity(spread**2 + NOISE**2).z[0]
+    x, _ = samples(6)
+    found = denoise_by_score(identity, x, {}, noise=NOISE, scale=1.0, variance=variance)
+    expected = spread**2 / (spread**2 + NOISE**2) * x
+    torch.testing.assert_close(found.sample, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_the_score_is_the_slope_of_the_density_of_each_sample() -> None:
     model = jet()
     x, label = samples(5)

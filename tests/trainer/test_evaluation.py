@@ -151,6 +151,12 @@ def test_bits_of_a_flow_stand_beside_those_of_a_mixture(digits: tuple[Tensor, Te
     assert found.rows()[0][0] == "bits per dimension of 797 held-out images"
     again = heldout_bits(flow, objective, images[:1000], heldout, seed=0)
     assert again == found
+    # The same density, of a flow that keeps volumes and a prior that is as wide as the data.
+    shift = Affine(flow.mean.detach()[None].expand(2, -1, -1, -1))
+    shift.mean.data, shift.spread.data = flow.mean.data, torch.ones_like(flow.spread)
+    variance = flow.spread.detach().square().flatten(1)
+    same = heldout_bits(shift, objective, images[:1000], heldout, seed=0, variance=variance)
+    assert same.model == pytest.approx(found.model, abs=1e-5)
 
 
 def test_bits_of_data_with_noise_are_those_of_a_density(digits: tuple[Tensor, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,67 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "none.pt", "sit", None)
     with pytest.raises(UserError, match="a folder"):
         read_weights(tmp_path, "sit", None)
+
+
+def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.ones(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.ones(9).numpy().tobytes()) + 400] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"damaged, .*/data/0 .* does not match its checksum; fetch"
+    ):
+        read_weights(path, "sit", None)
+
+
+def test_a_torch_file_without_checksums_is_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "weights.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert equal(read_weights(tmp_path / "weights.pt", "sit", None), STATE)
+
+
+def header(shape: str, dtype: str = "<f4") -> bytes:
+    """The beginning of an .npy file of version 1."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            header("(1000000000, 1000000000)") + bytes(8),
+            "damaged, a.npy says it is .* holds 8 bytes",
+        ),
+        (header("(-1, -2)") + bytes(8), "damaged, a.npy says it is"),
+        (header("(2,)") + bytes(7), "damaged, a.npy says it is .* holds 7 bytes"),
+        (header("(2,") + bytes(8), r"damaged \(.+\); fetch it again"),
+        (b"nothing of numpy", r"damaged \(.+\); fetch it again"),
+        (b"", r"damaged \(.+\); fetch it again"),
+        (b"\x93NUMPY\x09\x00" + bytes(9), "a.npy is no plain array"),
+    ],
+)
+def test_arrays_that_are_not_what_they_say_are_refused(content, sentence, tmp_path: Path) -> None:
+    path = tmp_path / "jet.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", content)
+    with pytest.raises(UserError, match=sentence):
+        read_weights(path, "jet", None)
+
+
+def test_a_flipped_bit_in_arrays_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "jet.npz"
+    np.savez(path, weight=np.ones(100, np.float32))
+    content = bytearray(path.read_bytes())
+    content[content.find(np.ones(9, np.float32).tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged, weight\.npy in it does not match its checksum"):
+        read_weights(path, "jet", None)
 
 
 def test_arrays_are_for_jet_alone(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """TarFlow, STARFlow and Jet files make flows that compute what those programs compute."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -306,6 +307,28 @@ def test_published_sizes_have_as_many_numbers_as_published(name, target, total) 
     ("source", "change", "facts", "sentence"),
     [
         ("ml-tarflow", {"var": torch.full((16, 12), 2.0)}, {}, "tensor var is not the table"),
+        ("ml-tarflow", {"blocks.0.proj_in.bias": torch.full((128,), torch.inf)}, {}, "not finite"),
+        (
+            "ml-tarflow",
+            {"blocks.1.proj_in.bias": torch.ones(128).int()},
+            {},
+            r"1\.proj_in\.bias .* kind int32",
+        ),
+        ("ml-tarflow", {"blocks.0.proj_in.weight": torch.ones(128, 0)}, {}, "holds no number"),
+        ("ml-tarflow", {3: torch.ones(2)}, {}, "3 is a int and no name"),
+        (
+            "ml-tarflow",
+            {"blocks.0.proj_in.bias": np.array(["a"])},
+            {},
+            r"array of <U1, .*no numbers",
+        ),
+        ("ml-tarflow", {}, {"channels": 0}, r"data\.channels = 0 must be at least 1"),
+        ("ml-tarflow", {}, {"patch": 0}, r"model\.patch = 0 must be at least 1"),
+        ("ml-tarflow", {}, {"head_width": -1}, r"model\.head_width = -1 must be at least 1"),
+        ("ml-tarflow", {}, {"patch": True}, r"model\.patch = True: is a yes or no"),
+        ("ml-starflow", {}, {"head_width": 0}, r"model\.head_width = 0 must be at least 1"),
+        ("jet", {}, {"channels": 0}, r"data\.channels = 0 must be at least 1"),
+        ("jet", {}, {"heads": 0}, r"model\.heads = 0 must be at least 1"),
         ("ml-tarflow", {}, {"channels": 5}, r"model\.patch does not follow .* is 12, the features"),
         ("ml-tarflow", {}, {"head_width": 48}, r"model\.head_width = 48"),
         ("ml-tarflow", {}, {"classes": 4}, r"data\.classes = 4 was told, .* say 5"),
@@ -340,7 +363,10 @@ def test_published_sizes_have_as_many_numbers_as_published(name, target, total) 
         ),
         (
             "jet",
-            {jet_reference.SPATIAL: torch.eye(16).expand(7, 16, 16)},
+            {
+                jet_reference.SPATIAL: torch.eye(16)
+                * jet()[jet_reference.SPATIAL].amax((1, 2), True)
+            },
             {},
             "by none of the patterns",
         ),
@@ -353,10 +379,67 @@ def test_what_a_file_may_not_be_is_said(source, change, facts, sentence) -> None
         convert(state | change, source=source, **facts)
 
 
+def masks(*changes: tuple[int, float]) -> State:
+    """A Jet whose masks of features are changed: (place in the flat matrices, value)."""
+    state = jet()
+    for place, value in changes:
+        state[jet_reference.CHANNEL].view(-1)[place] = value
+    return state
+
+
+def test_masks_that_are_no_orders_are_refused() -> None:
+    mask = jet()[jet_reference.CHANNEL]
+    one = int(mask[0].flatten().argmax())
+    other = 2 * 144  # in the coupling that splits tokens
+    both = {jet_reference.SPATIAL: torch.eye(16).expand(7, 16, 16)}
+    for state in (
+        masks((one, 0.5)),
+        masks((one, 0.0)),
+        masks((one, torch.nan)),
+        masks((one, 0.0), (one // 12 * 12 + (one + 1) % 12, 1.0)),
+        masks((other, 1.0)),
+        jet() | both,
+        jet() | {jet_reference.CHANNEL: torch.zeros(7, 12, 12)},
+    ):
+        with pytest.raises(UserError, match=r"one matrix of zeros and ones .* cannot be imported"):
+            convert(state, source="jet")
+    for short in (jet_reference.CHANNEL, jet_reference.SPATIAL):
+        with pytest.raises(UserError, match=r"masks-FREEZE_ME'\] is \[6, .* it is \[7, "):
+            convert(jet() | {short: jet()[short][:6]}, source="jet")
+
+
+def test_a_jet_without_couplings_is_refused() -> None:
+    with pytest.raises(UserError, match="which holds no number"):
+        convert({name: value[:0] for name, value in jet().items()}, source="jet")
+
+
+def test_bfloat16_of_jax_and_whole_numbers_of_masks_are_read() -> None:
+    state = {name: value.bfloat16() for name, value in jet().items()}
+    arrays = {name: value.view(torch.uint16).numpy().view("V2") for name, value in state.items()}
+    found, expected = convert(arrays, source="jet"), convert(state, source="jet")
+    assert found.config == expected.config
+    assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
+    exact = {name: jet()[name].bool() for name in (jet_reference.CHANNEL, jet_reference.SPATIAL)}
+    assert convert(state | exact, source="jet").config == expected.config
+
+
+def test_a_learned_prior_is_refused_with_what_to_do() -> None:
+    state = tarflow(volume_preserving=True) | {"var": torch.full((16, 12), 2.0)}
+    with pytest.raises(UserError, match=r"var is the variance of the prior .* leave the tensor"):
+        convert(state, source="ml-tarflow")
+    del state["var"]
+    assert convert(state, source="ml-tarflow").config.volume_preserving
+
+
 @pytest.mark.parametrize(
     ("config", "target", "sentence"),
     [
         (TarFlowConfig(8, 3, 5, 2, 64, 2, 1, norm="rms"), "ml-tarflow", r"model\.norm = rms"),
+        (
+            TarFlowConfig(8, 3, 5, 2, 64, 2, 1, clip=3.0),
+            "ml-tarflow",
+            r"model\.clip = 3 has no place",
+        ),
         (
             STARFlowConfig(4, 4, 1, 1, 64, (1, 1), position="learned"),
             "ml-starflow",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.errors import UserError
+from flows.models.zoo import FAMILIES
 from launch.commands.checkpoint import FORMATS, app
+from trainer.assembly import model_architecture
 from trainer.checkpoints.contents import checkpoint_in, read_tensors
-from trainer.checkpoints.foreign import SOURCES, convert
+from trainer.checkpoints.foreign import SOURCES, convert, diffusers_layout, to_foreign
 from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.store import save
 from trainer.interchange import export_run, import_run
-from trainer.recipe import load_recipe, override_recipe
+from trainer.recipe import load_recipe, override_recipe, shipped_recipes
 from trainer.run_folder import open_run
 from trainer.sampling import with_overrides
 from trainer.trained import sample_checkpoint
@@ -98,6 +101,28 @@ def test_a_file_becomes_a_run_and_the_run_the_file(source: str, tmp_path: Path) 
     tables = {name for name in state if name.startswith("feat_rope.")}  # see their own test
     assert back.keys() == state.keys()
     assert [n for n in state.keys() - tables if not torch.equal(back[n], state[n])] == []
+
+
+def test_the_documentation_says_how_shipped_recipes_are_exported() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "interchange.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    for name in shipped_recipes():
+        (said,) = [formats for recipes, formats in rows if f"`{name}`" in recipes]
+        config = model_architecture(load_recipe(name, [])).config
+        architecture = next(f for f in FAMILIES.values() if f.config is type(config))
+        with torch.device("meta"):
+            state = dict(architecture.build(config).state_dict())
+        found = set()
+        for target in (*SOURCES, "diffusers"):
+            try:
+                if target == "diffusers":
+                    diffusers_layout.export(config, state)
+                else:
+                    to_foreign(config, state, target)
+            except UserError:
+                continue
+            found.add(target)
+        assert found == set(re.findall("`([a-z-]+)`", said.partition(":")[0])), name
 
 
 def test_every_format_is_offered() -> None:
@@ -254,6 +279,13 @@ def test_what_cannot_be_imported_leaves_nothing(changes, source, sentence, tmp_p
     file = written(tmp_path, on_digits())
     with pytest.raises(UserError, match=sentence):
         import_run(file, source, tmp_path / "run", None, changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_shapes_alone_is_refused(tmp_path: Path) -> None:
+    shapes = {n: v if n == "pos_embed" else v.to("meta") for n, v in on_digits().items()}
+    with pytest.raises(UserError, match="saved without its values"):
+        import_run(written(tmp_path, shapes), "sit", tmp_path / "run", None, ["model.heads=2"])
     assert not (tmp_path / "run").exists()
 
 

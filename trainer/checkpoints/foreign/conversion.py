@@ -1,6 +1,6 @@
 """From a published state dictionary to a configuration and a state dictionary of ours, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from flows.errors import UserError
 from flows.models.family import Family
 from trainer.checkpoints.foreign import dit, dit_moe, flux, jet, tarflow
-from trainer.checkpoints.foreign.moves import State, to_ours, to_theirs
+from trainer.checkpoints.foreign.moves import Move, State, to_ours, to_theirs
 from trainer.checkpoints.foreign.source import (
     Contents,
     Source,
@@ -60,6 +60,7 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
     """
     chosen = source_named(source)
     state = chosen.renamed(_flat(state_dict))
+    _check_not_empty(state)
     told = checked_facts(chosen.family, facts)
     contents = Contents(chosen.name, state)
     config = configured(chosen, chosen.read(contents, told), told)
@@ -74,6 +75,7 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
             "leave it out, or choose the format that wrote the file."
         )
     _check_tables(chosen, state, tables)
+    _check_numbers(state, moves, _empty(chosen.family, config))
     return Converted(config, to_ours(moves, state))
 
 
@@ -110,19 +112,71 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> State:
     """Tensors by name; what is nested gets the names that JAX prints, ['a']['b']."""
     flat: State = {}
     for key, value in tree.items():
+        if not isinstance(key, str):
+            raise UserError(
+                f"{key!r} is a {type(key).__name__} and no name of a tensor; give the state dictionary "
+                "alone."
+            )
         nested = isinstance(value, Mapping)
         name = f"{prefix}['{key}']" if prefix or nested else key
         if nested:
             flat |= _flat(value, name)
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and value.layout == torch.strided:
             flat[name] = value.detach()
+        elif isinstance(value, Tensor):
+            raise UserError(f"tensor {name} is sparse; save it as a plain tensor.")
         elif isinstance(value, np.ndarray):
-            flat[name] = torch.from_numpy(value)
+            flat[name] = _from_numpy(name, value)
         else:
             raise UserError(
                 f"{name} is a {type(value).__name__} and no tensor; give the state dictionary alone."
             )
     return flat
+
+
+def _from_numpy(name: str, array: np.ndarray) -> Tensor:
+    """With bfloat16 as JAX saves it, which numpy does not know: as two bytes of no kind."""
+    brain = array.dtype.kind == "V" and array.dtype.itemsize == 2 and array.dtype.names is None
+    try:
+        if brain:
+            bits = np.asarray(array, order="C").view(np.uint16)
+            return torch.from_numpy(bits).view(torch.bfloat16)
+        return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise UserError(
+            f"{name} is an array of {array.dtype}, which are no numbers that torch knows; save it in "
+            "floating point."
+        ) from None
+
+
+def _check_not_empty(state: State) -> None:
+    if empty := [name for name, value in state.items() if not value.numel()]:
+        raise UserError(
+            f"tensor {empty[0]} is {list(state[empty[0]].shape)}, which holds no number; restore the file."
+        )
+
+
+def _check_numbers(state: State, moves: Sequence[Move], ours: State) -> None:
+    """UserError for the first tensor of weights that does not hold finite floating point numbers."""
+    for move in moves:
+        if not all(ours[name].is_floating_point() for name in move.ours):
+            continue
+        for name in move.theirs:
+            value = state[name]
+            if not value.is_floating_point():
+                kind = str(value.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"tensor {name} holds numbers of the kind {kind}, and weights are floating point; save "
+                    "them as such."
+                )
+            if value.is_meta:
+                continue
+            # Floats of one byte have no test of their own.
+            if not (value.float() if value.element_size() == 1 else value).isfinite().all():
+                raise UserError(
+                    f"tensor {name} holds numbers that are not finite; import another checkpoint, or "
+                    "restore the file."
+                )
 
 
 def _check_tensors(source: Source, state: State, expected: State) -> None:

@@ -5,10 +5,13 @@ knows tensors, plain containers and argparse.Namespace (the `args` of SiT's and 
 """
 
 import argparse
+import math
 import pickle
 import re
+import tokenize
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +30,17 @@ PLACES: dict[Weights, tuple[str, ...]] = {
     "raw": ("model", "state_dict", "module", "params"),
 }
 ZIP, ARRAYS_INSIDE = b"PK", ".npy"
+# What reading a damaged or strange zip ends in.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
+ARRAY_ERRORS = (*ZIP_ERRORS, SyntaxError, TypeError, tokenize.TokenError)  # and a damaged array
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_weights(path: Path, source: str, weights: Weights | None) -> Mapping[str, Any]:
@@ -42,7 +56,12 @@ def read_weights(path: Path, source: str, weights: Weights | None) -> Mapping[st
     try:
         content = _read(path, source)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        reason = f"cannot be read{_because(error.strerror or error)}"
+        raise UserError(f"{path}: {reason}.") from error
+    except MemoryError:
+        raise UserError(
+            f"{path}: holds more than this machine has memory for; import it on a larger one."
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, not tensors by name; save a state dictionary."
@@ -56,7 +75,10 @@ def _read(path: Path, source: str) -> Any:
         start = stream.read(9)
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    if start.startswith(ZIP) and _is_arrays(path):
+    if not start.startswith(ZIP):
+        return _read_torch(path)
+    names = _whole_names(path)
+    if names and all(name.endswith(ARRAYS_INSIDE) for name in names):
         return _read_arrays(path, source)
     return _read_torch(path)
 
@@ -65,18 +87,39 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again.") from None
+        raise UserError(
+            f"{path}: damaged safetensors file{_because(error)}; fetch it again."
+        ) from None
 
 
-def _is_arrays(path: Path) -> bool:
+def _because(error: object) -> str:
+    """The first line of a reason, in brackets; nothing where an error gives none."""
+    reason = str(error).strip().partition("\n")[0]
+    return f" ({reason})" if reason else ""
+
+
+def _whole_names(path: Path) -> list[str]:
+    """Names of what a zip holds, every byte of which agrees with its checksum.
+
+    Neither torch nor numpy looks at the checksums of all they read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            # torch.serialization.set_crc32_options(False) leaves them all 0.
+            summed = any(one.CRC for one in archive.infolist())
+            bad = archive.testzip() if summed else None
     except zipfile.BadZipFile:
         raise UserError(
             f"{path}: damaged, its list of contents is missing; fetch it again."
         ) from None
-    return bool(names) and all(name.endswith(ARRAYS_INSIDE) for name in names)
+    except ZIP_ERRORS as error:
+        raise UserError(f"{path}: damaged{_because(error)}; fetch it again.") from None
+    if bad is not None:
+        raise UserError(
+            f"{path}: damaged, {bad} in it does not match its checksum; fetch it again."
+        )
+    return names
 
 
 def _read_arrays(path: Path, source: str) -> Mapping[str, Any]:
@@ -85,14 +128,37 @@ def _read_arrays(path: Path, source: str) -> Mapping[str, Any]:
             f"{path}: numpy arrays, which jet files alone are; give {source} weights as safetensors or "
             "a torch file."
         )
-    with np.load(path, allow_pickle=False) as archive:
-        try:
-            return {name: archive[name] for name in archive.files}
-        except ValueError:
-            raise UserError(
-                f"{path}: holds Python objects, which could run anything when they are read; save plain "
-                "arrays."
-            ) from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                one.filename.removesuffix(ARRAYS_INSIDE): _read_array(path, archive, one)
+                for one in archive.infolist()
+            }
+    except ARRAY_ERRORS as error:
+        raise UserError(f"{path}: damaged{_because(error)}; fetch it again.") from None
+
+
+def _read_array(path: Path, archive: zipfile.ZipFile, one: zipfile.ZipInfo) -> np.ndarray:
+    """An array that is as large as its header says, which is asked before any memory is."""
+    with archive.open(one) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in HEADERS:
+            raise UserError(f"{path}: {one.filename} is no plain array; save plain arrays.")
+        shape, _, dtype = HEADERS[version](stream)
+        held = one.file_size - stream.tell()
+    if dtype.hasobject:
+        raise UserError(
+            f"{path}: holds Python objects, which could run anything when they are read; save plain "
+            "arrays."
+        )
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
+        raise UserError(
+            f"{path}: damaged, {one.filename} says it is {list(shape)} and holds {held:,} bytes; fetch it "
+            "again."
+        )
+    with archive.open(one) as stream:
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 def _read_torch(path: Path) -> Any:
@@ -108,9 +174,8 @@ def _read_torch(path: Path) -> Any:
             "(torch.save of a state dictionary, or safetensors)."
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{path}: no torch file, or a damaged one ({reason}); fetch it again."
+            f"{path}: no torch file, or a damaged one{_because(error)}; fetch it again."
         ) from None
 
 

@@ -61,22 +61,52 @@ def read(contents: Contents, told: Told) -> Findings:
     if patch**2 * channels == features:
         side = square_side(tokens, named("posemb"))
         found |= {"patch": patch, "channels": channels, "image_size": side * patch}
-        found |= _splits(contents, side)
+        found |= _splits(contents, side, couplings, features)
     hint = f"of which the square times data.channels is {features}, the features of a token"
     return Findings(found, {"classes": 1}, {"patch": hint})
 
 
-def _splits(contents: Contents, side: int) -> dict[str, Any]:
-    """Kinds of the couplings and patterns of the spatial ones, as the shortest lists that repeat."""
+def _splits(contents: Contents, side: int, couplings: int, features: int) -> dict[str, Any]:
+    """Kinds of the couplings and patterns of the spatial ones, as the shortest lists that repeat.
+
+    Raises UserError for masks that do not give each coupling one order, of features or of tokens.
+    """
     channel, spatial = contents.tensor(CHANNEL_MASKS, 3), contents.tensor(SPATIAL_MASKS, 3)
-    kinds: list[Kind] = ["channel" if mask.any() else "spatial" for mask in channel]
-    splits = [
-        mask.argmax(0) for mask, kind in zip(spatial, kinds, strict=True) if kind == "spatial"
-    ]
+    for name, mask, size in ((CHANNEL_MASKS, channel, features), (SPATIAL_MASKS, spatial, side**2)):
+        if mask.shape != (couplings, size, size):
+            raise UserError(
+                f"tensor {name} is {list(mask.shape)}, and in a jet file of this model it is "
+                f"{[couplings, size, size]}; restore the file."
+            )
+    kinds: list[Kind] = []
+    for index, (of_features, of_tokens) in enumerate(zip(channel, spatial, strict=True)):
+        if _permutes(of_features) and not of_tokens.any():
+            kinds.append("channel")
+        elif _permutes(of_tokens) and not of_features.any():
+            kinds.append("spatial")
+        else:
+            raise UserError(
+                f"tensors {CHANNEL_MASKS} and {SPATIAL_MASKS} do not hold one matrix of zeros and ones that "
+                f"puts features or tokens in an order for coupling {index}, and zeros for the other; this "
+                "file cannot be imported."
+            )
+    splits = [_order(mask) for mask, kind in zip(spatial, kinds, strict=True) if kind == "spatial"]
     found: dict[str, Any] = {"kinds": _period(kinds)}
     return found | (
         {"patterns": _period([_pattern(one, side) for one in splits])} if splits else {}
     )
+
+
+def _permutes(mask: Tensor) -> bool:
+    """Whether a square matrix has a single 1 in every row and column, and zeros beside."""
+    ones = mask == 1
+    exact = (ones | (mask == 0)).all() and (ones.sum(0) == 1).all() and (ones.sum(1) == 1).all()
+    return bool(exact)
+
+
+def _order(mask: Tensor) -> Tensor:
+    """(size,) int64 places that a matrix M takes the entries of x M from."""
+    return (mask == 1).int().argmax(0)
 
 
 def _pattern(order: Tensor, side: int) -> Pattern:
@@ -195,7 +225,7 @@ def _orders(config: JetConfig) -> Move:
     def come(masks: list[Tensor]) -> list[Tensor]:
         channel, spatial = masks
         return [
-            (channel if kind == "channel" else spatial)[index].argmax(0)
+            _order((channel if kind == "channel" else spatial)[index])
             for index, kind in enumerate(kinds)
         ]
 

@@ -121,14 +121,16 @@ def key_in_recipe(key: str) -> str:
 def checked_facts(family: Family, told: Told) -> dict[str, Any]:
     """What was told, in the types of the configuration's keys. UserError for what is no such thing."""
     hints = get_type_hints(family.config)
-    known = [item.name for item in fields(family.config)]
-    facts = {}
+    known = {item.name: item for item in fields(family.config)}
+    facts: dict[str, Any] = {}
     for key, value in told.items():
         if key not in known:
             raise UserError(
                 f"{key_in_recipe(key)} is no key of a model of the family {family.name}; it has "
                 f"{', '.join(map(key_in_recipe, known))}."
             )
+        if isinstance(value, bool) and hints[key] in (int, float):
+            raise UserError(f"{key_in_recipe(key)} = {value}: is a yes or no; give a number.")
         try:
             facts[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
@@ -137,6 +139,14 @@ def checked_facts(family: Family, told: Told) -> dict[str, Any]:
                 f"{key_in_recipe(key)} = {value!r}: {reason[0].lower()}{reason[1:]}; "
                 "give a value of that kind."
             ) from None
+        # What may be missing is 0 where it is; all other whole numbers count something.
+        least = known[key].metadata.get("minimum", 0 if known[key].default == 0 else 1)
+        parts = facts[key] if isinstance(facts[key], tuple) else (facts[key],)
+        if any(type(part) is int and part < least for part in parts):
+            raise UserError(
+                f"{key_in_recipe(key)} = {_shown(facts[key])} must be at least {least}; give the value "
+                "that the model was trained with."
+            )
     return facts
 
 

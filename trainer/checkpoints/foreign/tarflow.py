@@ -15,13 +15,21 @@ from flows.models.starflow import STARFlowConfig
 from flows.models.tarflow import TarFlowConfig
 from flows.models.zoo import FAMILIES
 from trainer.checkpoints.foreign.moves import Move, State, changed, linear, same, turned_back
-from trainer.checkpoints.foreign.source import Contents, Findings, Source, Told, square_side
+from trainer.checkpoints.foreign.source import (
+    Contents,
+    Findings,
+    Source,
+    Told,
+    differs,
+    square_side,
+)
 
 HEAD_WIDTH = 64
 RGB = 3
 TEXT_WIDTH, TEXT_TOKENS = 2048, 128  # of the published models: Flan-T5-XL
 ONE_HOT = 1001  # of the published class-conditional models
 LATENT = (4, 32)  # channels and side of the published models' latents
+VARIANCE = "var"
 START, TEXT, LABEL, POSITION = "sos_embed", "proj_txt", "class_embed", "pos_embed"
 
 
@@ -37,6 +45,14 @@ def read_tarflow(contents: Contents, told: Told) -> Findings:
         "volume_preserving": outputs == features,
         "conditional": f"blocks.0.{LABEL}" in contents,
     }
+    if found["volume_preserving"] and VARIANCE in contents:
+        variance = contents.tensor(VARIANCE, 2)
+        if differs(torch.ones(variance.shape), variance):
+            raise UserError(
+                f"tensor {VARIANCE} is the variance of the prior that the flow was trained with, which "
+                "a model here does not hold: it is measured on the images of data.train; leave the tensor "
+                "out of the file, and give the run its training data before it is sampled."
+            )
     if found["conditional"]:
         found["classes"] = contents.shape(f"blocks.0.{LABEL}", 3)[0]
     found |= _patches(features, told, {"channels": RGB})
@@ -225,7 +241,7 @@ def tables_tarflow(config: TarFlowConfig) -> State:
     """The variance of the prior, which is 1 here, and the causal mask of every block."""
     mask = torch.ones(config.tokens, config.tokens).tril()
     masks = {f"blocks.{index}.attn_mask": mask.clone() for index in range(config.flow_blocks)}
-    return {"var": torch.ones(config.tokens, config.features), **masks}
+    return {VARIANCE: torch.ones(config.tokens, config.features), **masks}
 
 
 def tables_starflow(config: STARFlowConfig) -> State:  # noqa: ARG001
@@ -238,6 +254,11 @@ def check_tarflow(config: TarFlowConfig) -> None:
         raise UserError(
             f"model.norm = {config.norm} and model.placement = {config.placement} have no place in an "
             "ml-tarflow file, whose models have layer norms before each part; export it as flowmill."
+        )
+    if config.clip:
+        raise UserError(
+            f"model.clip = {config.clip:g} has no place in an ml-tarflow file, whose models clip nothing; "
+            "export it as flowmill."
         )
 
 
