@@ -12,7 +12,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from benchmarks.loader_shards import Shards
 from data_pipeline.indexes import update_catalogs
 from data_pipeline.loader import Loader
-from trainer.assembly import plan
-from trainer.recipe import Recipe, build_recipe
+from trainer.assembly import plan, training_stream
+from trainer.recipe import build_recipe
 from trainer.running import open_loader
 
 Decoded = tuple[Tensor, Tensor]  # (batch, 3, size, size) float32 in [-1, 1]; (batch,) labels
@@ -77,7 +77,7 @@ class Flowmill:
             import_module("nvidia.dali")
         update_catalogs(shards.pattern)
         data = {"train": shards.pattern, "image_size": shards.size, "classes": shards.samples}
-        self.recipe = build_recipe(
+        recipe = build_recipe(
             {
                 "name": "loader",
                 "seed": SEED,
@@ -94,21 +94,22 @@ class Flowmill:
             },
             "bench loader",
         )
+        self._plan = plan(recipe, 1)
 
     def open(self, state: Any) -> Opened:
-        with open_flowmill(self.recipe) as loader:
+        with self.loader() as loader:
             if state is not None:
                 loader.load_state_dict(state)
             for batch in loader:
                 yield batch.image, batch.label
 
+    def loader(self) -> Loader:
+        """As the trainer opens it: shards and indexes are looked at anew, the model and its layout not."""
+        made = replace(self._plan, stream=training_stream(self._plan.recipe))
+        return open_loader(made, 0, 1, torch.device("cpu"))
+
     def state_after(self, batches: int) -> Any:
-        return plan(self.recipe, 1).stream.state_at(batches * self.recipe.train.batch)
-
-
-def open_flowmill(recipe: Recipe) -> Loader:
-    """As the trainer opens it."""
-    return open_loader(plan(recipe, 1), 0, 1, torch.device("cpu"))
+        return self._plan.stream.state_at(batches * self._plan.recipe.train.batch)
 
 
 class FlowmillPillow(Flowmill):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.loader import SHARDS, SIZE
 from benchmarks.loader_shards import make_shards
-from benchmarks.loader_sides import Flowmill, Setting, open_flowmill
+from benchmarks.loader_sides import Flowmill, Setting
 from benchmarks.overhead import Nobody
 from trainer.metrics_log import read
 from trainer.recipe import load_recipe
@@ -55,7 +55,7 @@ def beside_a_device(setting: Setting, *, step: float, steps: int, warm_up: int) 
     with tempfile.TemporaryDirectory(prefix="wait-") as folder:
         samples = setting.batch * max(steps, SHARDS)
         shards = make_shards(Path(folder), samples=samples, size=SIZE, shards=SHARDS)
-        with open_flowmill(Flowmill(shards, setting).recipe) as loader:
+        with Flowmill(shards, setting).loader() as loader:
             for _ in range(warm_up + steps):
                 began = time.perf_counter()
                 next(loader)

@@ -205,23 +205,41 @@ class Share:
 
 class Ahead:
     """Batches from position `start` on: up to `prefetch` read, and as many decoded, before they are
-    asked for."""
+    asked for.
+
+    The first has the cores to itself, since a run that goes on waits for it: the next are read once it is
+    decoded.
+    """
 
     def __init__(self, share: Share, *, start: int, prefetch: int) -> None:
-        starts = itertools.count(start, share.batch)
-        self.reading = Stage(
-            partial(next, starts), share.read, depth=prefetch, workers=1, name="reader"
-        )
+        self._share = share
+        self._starts = itertools.count(start, share.batch)
+        self._first = start
+        self._first_is_over = threading.Event()
+        self.reading = Stage(self._begin, share.read, depth=prefetch, workers=1, name="reader")
         self.decoding = Stage(
-            self.reading.take, share.decode, depth=prefetch, workers=DECODED_AT_ONCE, name="decoder"
+            self.reading.take, self._decode, depth=prefetch, workers=DECODED_AT_ONCE, name="decoder"
         )
         # DALI too takes itself down when the interpreter ends, after what was registered later.
         atexit.register(self.stop)
 
     def stop(self) -> None:
         atexit.unregister(self.stop)
+        self._first_is_over.set()
         self.reading.stop()
         self.decoding.stop()
+
+    def _begin(self) -> int:
+        start = next(self._starts)
+        if start != self._first:
+            self._first_is_over.wait()
+        return start
+
+    def _decode(self, read: Undecoded) -> Loaded:
+        try:
+            return self._share.decode(read)
+        finally:
+            self._first_is_over.set()
 
 
 class Loader:

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.cli import app
-from benchmarks.loader import TOLERANCE, Row, check_images, judge
+from benchmarks.loader import Row, judge
+from benchmarks.loader_apart import TOLERANCE, check_images
 from benchmarks.loader_shards import make_shards
 from benchmarks.loader_sides import (
     SIDES,
@@ -34,10 +35,6 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards", samples=64, size=32, shards=4)
 
 
-def quiet(text):
-    pass
-
-
 def made(kind, shards):
     try:
         return kind(shards, SETTING)
@@ -48,7 +45,7 @@ def made(kind, shards):
 @pytest.mark.parametrize("kind", SIDES, ids=NAMES)
 def test_every_side_hands_over_the_same_images_and_goes_on_where_it_was(kind, shards):
     side = made(kind, shards)
-    assert check_images(side, shards, quiet) <= TOLERANCE
+    assert check_images(side, shards) <= TOLERANCE
     running = side.open(None)
     batches = list(itertools.islice(running, 7))
     running.close()
@@ -72,7 +69,7 @@ def test_a_side_with_other_images_is_caught(shards):
                 yield images.flip(0), labels
 
     with pytest.raises(ValueError, match="an image differs by"):
-        check_images(Cheat(shards, SETTING), shards, quiet)
+        check_images(Cheat(shards, SETTING), shards)
 
 
 def test_goals_are_ratios_of_the_best_of_ours_to_the_others():
