@@ -1,8 +1,9 @@
 """Real ranks for tests: one process each, gloo between them, nothing left behind.
 
-The parent hosts the store where ranks meet, on a port the system picks, as an elastic launcher
-does; so runs that overlap do not meet each other. A rank that fails ends the run with its own
-traceback, the others are killed.
+Ranks are forked from a process that has imported what every rank imports, and done nothing else. The
+parent hosts the store where ranks meet, on a port the system picks, as an elastic launcher does; so runs
+that overlap do not meet each other. A rank that fails ends the run with its own traceback, the others
+are killed.
 """
 
 import faulthandler
@@ -25,7 +26,8 @@ from parallel import processes
 from parallel.processes import Ranks
 
 COLLECTIVE_TIMEOUT_SECONDS = 60.0
-
+# What takes seconds to import.
+HEAVY = ["torch._dynamo", "torch.distributed.fsdp", "trainer.running"]
 
 # How a process ends whose native libraries have spoilt its memory.
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV)
@@ -44,7 +46,7 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(ranks, **kwargs)` on every rank; its results in rank order.
 
-    function: of a module's top level, so that a fresh process can import it
+    function: of a module's top level, so that another process can import it
     result: numbers, text, tensors, and lists and dictionaries of them
 
     Ranks whose native code crashes are started once more, with a warning. There is no native code here,
@@ -62,7 +64,8 @@ def _run_once(
     function: Callable[..., Any], world_size: int, timeout: float, kwargs: dict[str, Any]
 ) -> list[Any]:
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
     ranks: list[tuple[BaseProcess, Connection]] = []
     try:
         for rank in range(world_size):
@@ -90,7 +93,7 @@ def _run_once(
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
+    return os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -109,6 +112,8 @@ def _rank_main(
 ) -> None:
     # Its own process group, so that whatever it starts can be killed with it.
     os.setpgid(0, 0)
+    # The server has the variables of the time when it began.
+    os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     faulthandler.enable()

@@ -35,6 +35,14 @@ def vanish(ranks: Ranks) -> None:
     os._exit(7)
 
 
+def linger(ranks: Ranks) -> None:
+    time.sleep(600)
+
+
+def environment(ranks: Ranks) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in ("SET_LATELY", "NOT_ANY_MORE")}
+
+
 def crash(ranks: Ranks, folder: str, times: int) -> int:
     """The last rank aborts so many times, and others hear of it by a connection that breaks."""
     runs = Path(folder, "runs")
@@ -86,7 +94,15 @@ def test_a_rank_that_dies_is_named():
 
 def test_ranks_that_do_not_end_in_time_are_named():
     with pytest.raises(RankFailed, match=r"ranks \[0\] did not end in time"):
-        run_ranks(total, 1, timeout=0.1, offset=0)
+        run_ranks(linger, 1, timeout=0.5)
+
+
+def test_ranks_have_the_variables_that_are_set_when_they_start(monkeypatch):
+    monkeypatch.setenv("NOT_ANY_MORE", "set")
+    run_ranks(environment, 1)  # by now there is the server that ranks are forked from
+    monkeypatch.delenv("NOT_ANY_MORE")
+    monkeypatch.setenv("SET_LATELY", "set")
+    assert run_ranks(environment, 1) == [{"SET_LATELY": "set", "NOT_ANY_MORE": None}]
 
 
 def alive(pid: int) -> bool:
