@@ -1,5 +1,7 @@
 """The few times at which a trained model is best asked, found on its own trajectories."""
 
+from collections.abc import Callable
+
 import torch
 
 from flows.errors import UserError
@@ -17,8 +19,12 @@ from trainer.velocity_sections import SampleSection
 FINE, TRAJECTORIES = 100, 100
 
 
-def choose_times(trained: Trained, steps: int, *, batch: int) -> list[float]:
+def choose_times(
+    trained: Trained, steps: int, *, batch: int, report: Callable[[int, int], None]
+) -> list[float]:
     """`sample.times` of so many steps, with the guidance of the recipe; see `flows.samplers.steps`.
+
+    report: told how many trajectories are done, of how many
 
     Raises UserError for a model or a solver without steps to choose, or more than the fine grid has.
     """
@@ -54,5 +60,6 @@ def choose_times(trained: Trained, steps: int, *, batch: int) -> list[float]:
             "trajectory_noise", (data.channels, data.image_size, data.image_size)
         )
         costs += step_costs(Field(velocity, condition, null, guidance, samples), noise, times)
+        report(ids.stop, TRAJECTORIES)
     chosen = optimal_steps(costs, steps)
     return [i / FINE for i in chosen]

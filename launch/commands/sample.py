@@ -82,7 +82,8 @@ def sample(
     """Draw samples from the averaged weights of the newest whole checkpoint.
 
     Sample number i is the same on any number of ranks. A folder or shards that were cut short are
-    completed by the same command.
+    completed by the same command; with sample.strategy=auto, which goes by this machine's clock, the
+    rest may differ within sample.accuracy from what it would have been.
     """
     from trainer.prompts import embed_prompts
     from trainer.run_folder import open_run
@@ -138,7 +139,8 @@ def _with_chosen_times(trained: "Trained", steps: int, batch: int) -> "Trained":
     from trainer.recipe import override_recipe
     from trainer.step_choice import choose_times
 
-    times = from_first(lambda: choose_times(trained, steps, batch=batch))
+    report = _reporter(0, "trajectories that tell which times to take")
+    times = from_first(lambda: choose_times(trained, steps, batch=batch, report=report))
     return replace(trained, recipe=override_recipe(trained.recipe, [f"sample.times={times}"]))
 
 
@@ -163,22 +165,25 @@ def _draw_picture(
 def _write_files(trained: "Trained", order: "Order", here: "Ranks") -> dict[str, Any] | None:
     from trainer.sample_output import write_samples
 
-    written = write_samples(trained, order, here, _reporter(here.rank))
+    written = write_samples(trained, order, here, _reporter(here.rank, "parts"))
     if written is None:
         return None
     facts = {"folder": order.out, "made": written.made, "kept": written.kept}
     return facts | {"not_finite": written.broken, "network_calls": written.network_calls}
 
 
-def _reporter(rank: int) -> Callable[[int, int], None]:
-    """Tells of a rank's progress on stderr, now and then: stdout is for the result."""
+def _reporter(rank: int, what: str) -> Callable[[int, int], None]:
+    """Tells of a rank's progress on stderr, now and then: stdout is for the result.
+
+    what: is counted
+    """
     console, last = Console(stderr=True, soft_wrap=True), time.monotonic()
 
     def report(done: int, of: int) -> None:
         nonlocal last
         if done == of or time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            console.print(f"rank {rank}: {done} of {of} parts", highlight=False)
+            console.print(f"rank {rank}: {done} of {of} {what}", highlight=False)
 
     return report
 

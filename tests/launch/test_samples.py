@@ -254,6 +254,7 @@ def test_chosen_steps_are_drawn_with_and_named(flowmill: Flowmill, place: Path) 
     code, out, err = finish(start(*asked, "--optimise-steps", "3", "--ranks", "2"))
     assert code == 0, err
     assert json.loads(out)["sample"]["times"] == times
+    assert "rank 0: 100 of 100 trajectories" in err
 
 
 def test_samples_that_are_not_finite_are_named(
