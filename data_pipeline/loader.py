@@ -24,7 +24,7 @@ from data_pipeline.decode.images import Picture
 from data_pipeline.faults import Bad, BadSample, Budget, Found, Quarantine, Rows, Tolerance
 from data_pipeline.keep import Keep
 from data_pipeline.mixture import Located
-from data_pipeline.stage import Stage
+from data_pipeline.stage import Stage, Stopped
 from data_pipeline.stream import DataSet, Stream, open_set
 from data_pipeline.texts import TextMember
 from flows.batch import Batch
@@ -215,6 +215,7 @@ class Ahead:
         self._share = share
         self._starts = itertools.count(start, share.batch)
         self._first = start
+        self._stopped = False
         self._first_is_over = threading.Event()
         self.reading = Stage(self._begin, share.read, depth=prefetch, workers=1, name="reader")
         self.decoding = Stage(
@@ -225,6 +226,7 @@ class Ahead:
 
     def stop(self) -> None:
         atexit.unregister(self.stop)
+        self._stopped = True
         self._first_is_over.set()
         self.reading.stop()
         self.decoding.stop()
@@ -233,11 +235,17 @@ class Ahead:
         start = next(self._starts)
         if start != self._first:
             self._first_is_over.wait()
+        if self._stopped:
+            raise Stopped
         return start
 
     def _decode(self, read: Undecoded) -> Loaded:
         try:
             return self._share.decode(read)
+        except BaseException:
+            # It is the last that comes: nothing is read behind it.
+            self._stopped = True
+            raise
         finally:
             self._first_is_over.set()
 

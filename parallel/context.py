@@ -13,6 +13,7 @@ chain backwards turns it round outside of the region, between a gather and a cut
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, cast
@@ -39,21 +40,24 @@ class Attending(Protocol):
 
 def check_context(model: nn.Module, cp: int, way: Context, tp: int) -> None:
     """Raise UserError unless sequences and heads of a model can be cut; opens no process group."""
-    for region in cast(Divisible, model).regions():
-        if not region.causal:
-            for key, tokens in region.parts.items():
-                if tokens % cp:
-                    raise UserError(
-                        f"parallel.cp = {cp} does not divide {key} = {tokens} tokens; use "
-                        f"{divisors(tokens)}, or another number of tokens."
-                    )
-        for key, heads in region.heads.items():
-            if way == "ulysses" and heads % (tp * cp):
-                over = f"parallel.cp = {cp}" if tp == 1 else f"parallel.tp x cp = {tp} x {cp}"
-                raise UserError(
-                    f"{over} does not divide {key} = {heads}, and parallel.context = ulysses gives each rank "
-                    f"whole heads; use {divisors(heads)}, or parallel.context=ring."
-                )
+    regions = cast(Divisible, model).regions()
+    tokens = {k: n for region in regions if not region.causal for k, n in region.parts.items()}
+    heads = {k: n for region in regions for k, n in region.heads.items() if way == "ulysses"}
+    # What fits one of them fits all; there may be none.
+    fits = divisors(math.gcd(*tokens.values(), *(count // tp for count in heads.values())) or 1)
+    for key, count in tokens.items():
+        if count % cp:
+            raise UserError(
+                f"parallel.cp = {cp} does not divide {key} = {count} tokens; use {fits}, or another number "
+                "of tokens."
+            )
+    for key, count in heads.items():
+        if count % (tp * cp):
+            over = f"parallel.cp = {cp}" if tp == 1 else f"parallel.tp x cp = {tp} x {cp}"
+            raise UserError(
+                f"{over} does not divide {key} = {count}, and parallel.context = ulysses gives each rank "
+                f"whole heads; use parallel.cp={fits}, or parallel.context=ring."
+            )
 
 
 def cut_sequences(

@@ -74,6 +74,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("PP 2", "PP 2 x FSDP2 2", "PP 2 x TP 2"), ("Jet",)),
 }
 GATE, NORM_GATE = 1e-5, 1e-6
+MOVED = (
+    "The largest relative difference, after ten more steps, of losses, weights, averages and moments from "
+    "a run of one rank that\nwas never stopped. The gate is 1e-5."
+)
 MEASURES = ("loss", "gradient norm", "weights", "averages")
 
 # What one cell holds: a number for each of `MEASURES`, or why there is none.
@@ -243,7 +247,9 @@ def main() -> int:
     if not some:
         write(text)
         moved = checkpoints()
-        text += f"\n\n## A checkpoint of any, under any other\n\n{checkpoint_table(moved)}"
+        text += (
+            f"\n\n## A checkpoint of any, under any other\n\n{MOVED}\n\n{checkpoint_table(moved)}"
+        )
         write(text)
     print(text)
     held = all(passes(row, name, cell) for row in found for name, cell in found[row].items())

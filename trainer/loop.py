@@ -6,7 +6,7 @@ Components go in, events come out; nobody subclasses it. It does not know which 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from flows.objectives.objective import Objective
 from parallel.clock import Clock
 from parallel.engines.engine import Engine
 from parallel.pieces import Held
+from trainer.checkpoints.commit import committed
 from trainer.checkpoints.store import save
 from trainer.coupling import coupled
 from trainer.ema import Ema
@@ -39,6 +40,7 @@ class Parts:
 
     recipe: Recipe
     run: RunFolder
+    degrees: str
     engine: Engine
     objective: Objective
     loader: Loader
@@ -56,13 +58,16 @@ def train(parts: Parts, first: int) -> int:
     """
     recipe, telemetry = parts.recipe, parts.telemetry
     last = recipe.train.steps
+    # The run would have gone on from these if they were whole.
+    refused = {step for step, _ in committed(parts.run.checkpoints) if step > first}
     with stop_requested() as stop:
         telemetry.restart_clock()
         for done in range(first + 1, last + 1):
             one_step(parts, done - 1, stop.is_set())
             ending = telemetry.stop_agreed or done == last
             if ending or done % recipe.checkpoint.every == 0:
-                checkpoint(parts, done)
+                refused.discard(done)
+                checkpoint(parts, done, refused)
             if recipe.sample.every and (done == last or done % recipe.sample.every == 0):
                 show_samples(parts, done)
             if ending:
@@ -127,8 +132,11 @@ def rate_at(recipe: Recipe, step: int) -> float:
     )
 
 
-def checkpoint(parts: Parts, done: int) -> None:
-    """Commit everything the run needs to go on after `done` steps; its metrics are written first."""
+def checkpoint(parts: Parts, done: int, refused: Container[int]) -> None:
+    """Commit everything the run needs to go on after `done` steps; its metrics are written first.
+
+    refused: steps of damaged checkpoints, see `retire`
+    """
     for line in parts.telemetry.lines(everything=True):
         parts.report.step(line)
     with parts.clock.phase("checkpoint"):
@@ -138,11 +146,13 @@ def checkpoint(parts: Parts, done: int) -> None:
             tensors=checkpoint_tensors(parts),
             state={
                 "step": done,
+                "layout": parts.degrees,
                 "science": science(parts.recipe),
                 "loader": parts.loader.state_dict(),
                 "telemetry": parts.telemetry.state_dict(),
             },
             keep=parts.recipe.checkpoint.keep,
+            refused=refused,
         )
     parts.report.checkpoint(done)
     if parts.telemetry.experts.table is not None:

@@ -135,7 +135,9 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
     ema = Ema(engine.parameters(), recipe.train.ema)
     loader = open_loader(made, engine.data_rank, engine.data_size, ranks.device)
     objective = build_objective(recipe)
-    return Parts(recipe, run, engine, objective, loader, ema, telemetry, clock, report)
+    return Parts(
+        recipe, run, made.degrees, engine, objective, loader, ema, telemetry, clock, report
+    )
 
 
 def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Loader:

@@ -72,10 +72,12 @@ def inspect_command(
 ) -> None:
     """Show what is in one checkpoint: tensors, files, and where the run stood."""
     from trainer.checkpoints.contents import checkpoint_in
-    from trainer.checkpoints.manifest import read_manifest
+    from trainer.checkpoints.manifest import damaged_sizes, read_manifest
 
     path = checkpoint_in(target, step)
     manifest = read_manifest(path)
+    if (wrong := damaged_sizes(path, manifest)) is not None:
+        raise UserError(f"{wrong}; use another checkpoint.")
     if as_json:
         typer.echo(json.dumps({"path": str(path), **asdict(manifest)}, indent=2))
         return
@@ -84,6 +86,7 @@ def inspect_command(
         "checkpoint": str(path),
         "step": str(manifest.step),
         "written": f"{manifest.time} by {manifest.layout}, torch {manifest.torch}",
+        "layout": manifest.state.get("layout"),
         "imported": _imported(manifest.state.get("imported")),
         "position": str(manifest.state.get("loader", {}).get("position", "")),
     }
@@ -99,6 +102,11 @@ def inspect_command(
         tensors.add_row(escape(name), tensor.dtype, shape, str(len(tensor.chunks)))
     console.print(files)
     console.print(tensors)
+    console.print(
+        "Checksums are those of the time of writing; flowmill checkpoint verify compares them.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _imported(origin: "dict[str, Any] | None") -> str:
@@ -111,10 +119,19 @@ def diff(
     second: Annotated[Path, typer.Argument(help="The other one.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, bit by bit; exit code 1 where they differ."""
+    """Compare two checkpoints tensor by tensor, bit by bit; exit code 1 where they differ.
+
+    Damaged ones are not compared.
+    """
     from trainer.checkpoints.contents import checkpoint_in, differences
+    from trainer.checkpoints.store import damage
 
     one, other = checkpoint_in(first), checkpoint_in(second)
+    for path in (one, other):
+        if (wrong := damage(path)) is not None:
+            raise UserError(
+                f"{wrong}, so that there is nothing to compare; use another checkpoint."
+            )
     found = list(differences(one, other))
     if as_json:
         typer.echo(json.dumps([asdict(difference) for difference in found], indent=2))

@@ -4,6 +4,7 @@ position."""
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader, read_all
+from data_pipeline.stage import Stopped
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from tests.data_pipeline.conftest import sample, write_tar
@@ -207,6 +209,41 @@ def test_prefetching_is_ahead_bounded_and_measured(shards):
     assert (batches.queue_depth, batches.read_depth) == (4, 4)
     assert batches.wait_seconds < 0.1
     batches.close()
+
+
+@pytest.mark.parametrize("end", ["decoded", "closed", "fails"])
+def test_the_first_batch_is_decoded_before_others_are_read(shards, end):
+    batches = loader(shards([50]))
+    read, begun, gate = [], threading.Event(), threading.Event()
+    real_read, real_decode = batches.share.read, batches.share.decode
+
+    def decode(some):
+        begun.set()
+        assert gate.wait(10)
+        if end == "fails":
+            raise ValueError("cannot be decoded")
+        return real_decode(some)
+
+    batches.share.read = lambda start: (read.append(start), real_read(start))[1]
+    batches.share.decode = decode
+    with ThreadPoolExecutor(2) as pool:
+        taken = pool.submit(next, batches)
+        assert begun.wait(10)
+        time.sleep(0.1)
+        assert read == [0]
+        closed = pool.submit(batches.close) if end == "closed" else None
+        time.sleep(0.1)
+        gate.set()
+        error = taken.exception(10)
+        if closed is not None:
+            closed.result(10)
+    deadline = time.monotonic() + 10
+    while end == "decoded" and len(read) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    batches.close()
+    assert type(error) is {"decoded": type(None), "closed": Stopped, "fails": ValueError}[end]
+    assert (read == [0]) is (end != "decoded")
+    assert not loader_threads()
 
 
 @pytest.mark.alone

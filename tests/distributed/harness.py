@@ -1,6 +1,9 @@
 """Real ranks for tests: one process each, gloo between them, nothing left behind.
 
-Ranks are forked from a process that has imported what every rank imports, and done nothing else. The
+Ranks are forked from a process that has imported what every rank imports, and then are given what fresh
+processes have: the parent's variables, and random numbers of their own, without which ranks that draw
+alike by chance would look as if they drew alike by design. The order of sets alone is one for all of
+them, other than of ranks that a launcher starts (tests/launch, tests/trainer/test_resume_law.py). The
 parent hosts the store where ranks meet, on a port the system picks, as an elastic launcher does; so runs
 that overlap do not meet each other. A rank that fails ends the run with its own traceback, the others
 are killed.
@@ -19,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -115,6 +119,8 @@ def _rank_main(
     # The server has the variables of the time when it began.
     os.environ.clear()
     os.environ.update(environment)
+    torch.seed()
+    np.random.seed()
     torch.set_num_threads(1)
     faulthandler.enable()
     buffer = io.BytesIO()

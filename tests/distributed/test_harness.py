@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,8 +40,9 @@ def linger(ranks: Ranks) -> None:
     time.sleep(600)
 
 
-def environment(ranks: Ranks) -> dict[str, str | None]:
-    return {name: os.environ.get(name) for name in ("SET_LATELY", "NOT_ANY_MORE")}
+def surroundings(ranks: Ranks) -> dict[str, object]:
+    variables = {name: os.environ.get(name) for name in ("SET_LATELY", "HOME")}
+    return variables | {"torch": torch.initial_seed(), "numpy": np.random.randint(1 << 31)}
 
 
 def crash(ranks: Ranks, folder: str, times: int) -> int:
@@ -97,12 +99,15 @@ def test_ranks_that_do_not_end_in_time_are_named():
         run_ranks(linger, 1, timeout=0.5)
 
 
-def test_ranks_have_the_variables_that_are_set_when_they_start(monkeypatch):
-    monkeypatch.setenv("NOT_ANY_MORE", "set")
-    run_ranks(environment, 1)  # by now there is the server that ranks are forked from
-    monkeypatch.delenv("NOT_ANY_MORE")
+def test_ranks_have_variables_and_randomness_as_fresh_processes_do(monkeypatch):
+    before = run_ranks(surroundings, 2)  # by now there is the server that ranks are forked from
+    assert all(one["HOME"] and one["SET_LATELY"] is None for one in before)
+    monkeypatch.delenv("HOME")
     monkeypatch.setenv("SET_LATELY", "set")
-    assert run_ranks(environment, 1) == [{"SET_LATELY": "set", "NOT_ANY_MORE": None}]
+    after = run_ranks(surroundings, 2)
+    assert all(one["HOME"] is None and one["SET_LATELY"] == "set" for one in after)
+    for name in ("torch", "numpy"):
+        assert len({one[name] for one in before + after}) == 4, f"{name} draws the same on ranks"
 
 
 def alive(pid: int) -> bool:

@@ -117,6 +117,21 @@ def test_layout_and_length_may_change(flowmill: Flowmill, place: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_whole_one(
+    flowmill: Flowmill, place: Path
+) -> None:
+    (shard,) = Path("runs/kept/checkpoints/step-00000004").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    ended = flowmill(
+        "train", "digits8", "run.dir=runs/kept", *SHORT, "train.steps=5", "checkpoint.every=5"
+    )
+    assert (ended.code, "resuming runs/kept from step 2" in ended.err) == (0, True), ended.err
+    said = flowmill("checkpoint", "verify", "runs/kept", "--json").out
+    assert [one["step"] for one in json.loads(said) if one["damage"] is None] == [2, 5]
+
+
 def test_a_run_that_is_done_stays_as_it_is(flowmill: Flowmill, place: Path) -> None:
     before = Path("runs/kept/metrics.jsonl").read_bytes()
     ended = flowmill("train", "digits8", "run.dir=runs/kept", *SHORT)

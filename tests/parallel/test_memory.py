@@ -37,6 +37,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp 2 sequence": (2, [TP, "parallel.strategy=none", "parallel.sequence=true"]),
     "ulysses 2": (2, [CP, DDP]),
     "ring 2": (2, [CP, DDP, "parallel.context=ring"]),
+    "fsdp 4": (4, ["parallel.strategy=fsdp"]),
+    "hsdp 2x2": (4, ["parallel.strategy=hsdp"]),
 }
 # Of the formulas of docs/layouts.md, for two ranks: none, products, all.
 WHOLE = (20.0, 11.0, 1.0)
@@ -45,13 +47,15 @@ BLOCK = {
     "1": WHOLE,
     "ddp": WHOLE,
     "fsdp": WHOLE,
+    "fsdp 4": WHOLE,
+    "hsdp 2x2": WHOLE,
     "tp": (8 + 12 / 2, 3 + 8 / 2, 1.0),
     "tp 2 sequence": (2 + 18 / 2, 1 + 11 / 2, 1 / 2),
     "ulysses": SHARED,
     "ring": SHARED,
 }
 OUTSIDE = {name: 2.3 if "sequence" in name or name[0] in "ur" else 3.3 for name in LAYOUTS}
-DATA_RANKS = {"ddp 2": 2, "fsdp 2": 2}
+DATA_RANKS = {"ddp 2": 2, "fsdp 2": 2, "fsdp 4": 4, "hsdp 2x2": 4}
 MODES = {
     "none": [],
     "every second": ["train.checkpoint_activations=2"],
@@ -113,7 +117,7 @@ def settled(live: LiveBytes) -> int:
 def measured() -> dict[str, dict[str, int]]:
     """What the first rank holds; no other holds more."""
     found: dict[str, dict[str, int]] = {}
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         every = run_ranks(hold, ranks)
         for one in every:
             for case, kinds in one.items():
@@ -146,18 +150,18 @@ def test_what_is_found_out_without_ranks_is_what_ranks_hold(measured, case):
 
 
 def test_state_falls_with_the_degree_of_sharding(measured):
-    whole, half = measured["1, none"], measured["fsdp 2, none"]
+    whole = measured["1, none"]
     for kind in ("parameters", "gradients", "optimizer", "averages"):
         # Within a tenth: small tensors have an odd number of rows, and the first rank has one more.
-        assert half[kind] == pytest.approx(whole[kind] / 2, rel=0.1), kind
+        for layout, degree in (("fsdp 2", 2), ("hsdp 2x2", 2), ("fsdp 4", 4)):
+            found = measured[f"{layout}, none"][kind]
+            assert found == pytest.approx(whole[kind] / degree, rel=0.1), (kind, layout)
         assert measured["ddp 2, none"][kind] == whole[kind]
 
 
 def _block(layout: str, mode: str) -> float:
     """Numbers that a block keeps, for each of the batch x tokens x width that come in: docs/layouts.md."""
-    none, products, everything = BLOCK[
-        layout.removesuffix(" 2") if "sequence" not in layout else layout
-    ]
+    none, products, everything = BLOCK[layout.removesuffix(" 2")]
     if mode == "every second":
         return (none + everything) / 2
     return {"none": none, "products": products, "all": everything}[mode]
@@ -165,7 +169,7 @@ def _block(layout: str, mode: str) -> float:
 
 def _root(layout: str) -> int:
     """FSDP leaves the weights outside of blocks there, from forward to backward."""
-    if not layout.startswith("fsdp"):
+    if not layout.startswith(("fsdp", "hsdp")):
         return 0
     with torch.device("meta"):
         model: Any = model_architecture(recipe("1", "none")).build()

@@ -24,7 +24,7 @@ def tensors():
 
 
 def saved(folder, step=1, **changes):
-    state = {"step": step, "loader": {"position": 32 * step}}
+    state = {"step": step, "loader": {"position": 32 * step}, "layout": "deepspeed zero-2"}
     return save(folder, step=step, tensors=tensors() | changes, state=state, keep=9)
 
 
@@ -36,7 +36,16 @@ def test_inspect_shows_tensors_files_and_where_the_run_stood(tmp_path):
     path = saved(tmp_path / "run" / "checkpoints", 7)
     shown = run("inspect", tmp_path / "run")
     assert shown.exit_code == 0
-    for part in ("step       7", "position   224", "model.w", "F32", "2 x 3", "1 number", SHARD):
+    for part in (
+        "step       7",
+        "position   224",
+        "model.w",
+        "F32",
+        "2 x 3",
+        "1 number",
+        SHARD,
+        "deepspeed zero-2",
+    ):
         assert part in shown.output, part
     record = json.loads(run("inspect", path, "--json").output)
     manifest = read_manifest(path)
@@ -89,9 +98,14 @@ def test_every_kind_of_difference_is_told(tmp_path):
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
     path = saved(tmp_path)
+    flip_byte(path / SHARD)
+    for refused in (run("diff", path, path), run("diff", saved(tmp_path / "whole"), path)):
+        assert f"{SHARD} does not match its checksum, so that" in str(refused.exception)
+    flip_byte(path / SHARD)
     flip_byte(path / SHARD, at=20)
     with pytest.raises(UserError, match=SHARD):
         read_tensors(path, {"model.w": "w"})
     (path / SHARD).write_bytes(b"short")
     with pytest.raises(UserError, match=f"{SHARD} has 5 bytes instead of"):
         list(differences(path, path))
+    assert f"{SHARD} has 5 bytes" in str(run("inspect", path).exception)

@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 EXACT = 1e-5
-MIDDLE, END = 6, 12
+MIDDLE, END = 6, 16
 DECAYS = [0.5, 0.9]
 # Awkward sizes, as in `scenario.CONFIG`, and everything that routers carry.
 CONFIG = DiTMoEConfig(

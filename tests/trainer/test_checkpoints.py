@@ -32,9 +32,10 @@ def tensors(fill=1.0):
     }
 
 
-def saved(folder, *steps, keep=10):
+def saved(folder, *steps, keep=10, refused=()):
     for step in steps:
-        save(folder, step=step, tensors=tensors(float(step)), state={"position": step}, keep=keep)
+        values, state = tensors(float(step)), {"position": step}
+        save(folder, step=step, tensors=values, state=state, keep=keep, refused=refused)
     return folder
 
 
@@ -155,6 +156,14 @@ def test_resuming_before_a_damaged_newest_one_keeps_what_is_written_next(tmp_pat
     assert latest_whole(tmp_path) == tmp_path / "step-00000003"
     assert steps(saved(tmp_path, 5, keep=1)) == [5]
     assert latest_whole(tmp_path) == tmp_path / "step-00000005"
+
+
+def test_what_was_refused_on_resuming_is_not_kept_in_the_place_of_a_whole_one(tmp_path):
+    saved(tmp_path, 2, 4, keep=2)
+    flip_byte(tmp_path / "step-00000004" / SHARD)
+    assert latest_whole(tmp_path) == tmp_path / "step-00000002"
+    assert steps(saved(tmp_path, 5, keep=2, refused={4})) == [2, 4, 5]
+    assert steps(saved(tmp_path, 6, keep=2, refused={4})) == [5, 6]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

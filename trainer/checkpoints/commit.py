@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 from flows.errors import UserError
@@ -71,13 +72,18 @@ def commit(folder: Path, manifest: Manifest) -> Path:
     return final
 
 
-def retire(folder: Path, step: int, keep: int) -> None:
+def retire(folder: Path, step: int, keep: int, refused: Container[int]) -> None:
     """Delete all but the newest `keep` whole checkpoints, that of `step` just committed.
 
-    Checkpoints of later steps, from which this run did not resume, do not count and stay. What
-    cannot be deleted is left with a warning: the run goes on.
+    Checkpoints of later steps, and those that were `refused` as damaged when the run went on, do not count:
+    they stay until as many whole ones are newer. What cannot be deleted is left with a warning: the run
+    goes on.
     """
-    whole = [at for at, path in committed(folder) if at <= step and _looks_whole(path)]
+    whole = [
+        at
+        for at, path in committed(folder)
+        if at <= step and at not in refused and _looks_whole(path)
+    ]
     oldest = whole[-keep:][0]
     old = [path for at, path in committed(folder) if at < oldest]
     listed = {path for _, path in committed(folder)}

@@ -11,7 +11,7 @@ import datetime
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,11 @@ def save(
     tensors: Mapping[str, Held],
     state: dict[str, Any],
     keep: int,
+    refused: Container[int] = (),
 ) -> Path:
     """Commit `tensors` and `state` as the checkpoint of `step`, keep the newest `keep`; its path.
+
+    refused: steps whose checkpoints are not among those, see `retire`
 
     Every rank gives what it holds by name: plain tensors (replicas, equal on all ranks that have the name),
     DTensors, `Slice`s or `FlatPiece`s; each part is written by one of the ranks that hold it. Rank 0's
@@ -76,7 +79,7 @@ def save(
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         version = str(torch.__version__)
         commit(folder, Manifest(FORMAT_VERSION, step, now, version, layout, state, files, entries))
-        retire(folder, step, keep)
+        retire(folder, step, keep, refused)
 
     writing = writing_folder(folder, step)
     writer = ShardWriter(writing, lambda: begin(folder, step), write_and_retire)
@@ -217,11 +220,10 @@ def _layout(tensors: Mapping[str, Held]) -> str:
     meshes = {tensor.device_mesh for tensor in dtensors if isinstance(tensor, DTensor)}
     names = sorted(
         " ".join(
-            f"{name}={size}"
-            for name, size in zip(
-                mesh.mesh_dim_names or ("?",) * mesh.ndim, mesh.shape, strict=True
-            )
+            f"{name}={size}" for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True)
         )
+        if mesh.mesh_dim_names
+        else " x ".join(map(str, mesh.shape))
         for mesh in meshes
     )
     count = f"{_ranks()} rank{'s' * (_ranks() > 1)}"
