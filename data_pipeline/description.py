@@ -86,9 +86,11 @@ def read_description(folder: str) -> Description | None:
     try:
         return Description.model_validate_json(content)
     except ValidationError as error:
+        count = error.error_count()
+        errors = "1 error" if count == 1 else f"{count} errors"
         raise UserError(
-            f"{folder}/{NAME}: is not a description of shards "
-            f"({error.error_count()} errors, the first: {error.errors()[0]['msg']}); make it anew"
+            f"{folder}/{NAME}: is not a description of shards ({errors}, the first: "
+            f"{error.errors()[0]['msg']}); make it anew"
         ) from error
 
 

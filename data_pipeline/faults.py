@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode.images import BadImages
+from data_pipeline.headers import printable
 from data_pipeline.texts import Words
 from flows.errors import UserError
 
@@ -58,7 +59,13 @@ class Found:
 
     @property
     def name(self) -> str:
-        return f"{self.url}: sample {self.key}"
+        """As messages call it."""
+        return sample_name(self.url, self.key)
+
+
+def sample_name(url: str, key: str) -> str:
+    """What messages call a sample."""
+    return f"{url}: sample {printable(key)}"
 
 
 class Source(Protocol):

@@ -4,7 +4,9 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 from typing import IO, NamedTuple
+from unicodedata import category
 
 from data_pipeline.storage import describe, facts, fetch, resolve
 from flows.errors import UserError
@@ -12,6 +14,8 @@ from flows.errors import UserError
 BLOCK = tarfile.BLOCKSIZE
 # Headers of remote shards come with the data between them, in reads of this many bytes.
 READ_AHEAD = 4 << 20
+# Control characters, and what Python makes of bytes that are not UTF-8.
+UNSHOWN = frozenset({"Cc", "Cs"})
 
 
 class Member(NamedTuple):
@@ -61,15 +65,22 @@ def read_members(url: str) -> Iterator[Member]:
     """Every regular member of a shard, in its order.
 
     Raises UserError, naming shard and member, for a truncated or damaged tar, a path that leads
-    outside, a link or a device.
+    outside, a link or a device, and for a shard that is itself no regular file.
     """
     place = resolve(url)
     try:
+        if place.local:
+            _refuse_special(place.path, url)
         with Path(place.path).open("rb", buffering=0) if place.local else RemoteFile(url) as stream:
             yield from _walk(stream, url)  # type: ignore[arg-type]
     except tarfile.TarError as error:
         raise UserError(
             f"{url}: not a whole uncompressed tar ({error}); copy or pack the shard again"
+        ) from error
+    except (ValueError, OverflowError) as error:
+        # tarfile lets out what int() and seek() say of the numbers in extended headers.
+        raise UserError(
+            f"{url}: a header of the tar is damaged ({describe(error)}); copy or pack the shard again"
         ) from error
     except IsADirectoryError as error:
         raise UserError(f"{url} is a folder; name the shards in it, as in {url}/*.tar") from error
@@ -77,6 +88,16 @@ def read_members(url: str) -> Iterator[Member]:
         raise UserError(
             f"{url}: the shard cannot be read ({describe(error)}); check its permissions"
         ) from error
+
+
+def _refuse_special(path: str, url: str) -> None:
+    """Opening a pipe would wait for ever for its other end."""
+    mode = Path(path).stat().st_mode
+    if not S_ISREG(mode) and not S_ISDIR(mode):
+        raise UserError(
+            f"{url}: not a regular file but a pipe, socket or device; put a tar in its place, or name "
+            "the shards without it"
+        )
 
 
 def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:
@@ -101,21 +122,32 @@ def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:
 
 def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:
     refuse_name(member.name, url)
+    name = printable(member.name)
     if not member.isreg() or member.issparse():
         kind = "link" if member.issym() or member.islnk() else "device or special file"
-        raise UserError(f"{url}: member {member.name} is a {kind}; a shard holds plain files only")
+        raise UserError(f"{url}: member {name} is a {kind}; a shard holds plain files only")
 
 
 def refuse_name(name: str, url: str) -> None:
     """Raises UserError for a member that would be written outside the folder it is unpacked in, and for
     one whose name is not UTF-8, so that no report could hold it."""
-    if (shown := printable(name)) != name:
+    shown = printable(name)
+    if not is_utf8(name):
         raise UserError(f"{url}: member {shown} has a name that is not UTF-8; rename it")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{url}: member {name} leads outside the shard; pack it again")
+        raise UserError(f"{url}: member {shown} leads outside the shard; pack it again")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name, as Python reads it, has no byte that is not UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def printable(name: str) -> str:
-    """A file's name with `\\udc..` for each byte of it that is not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """A name as messages show it: `\\x1b`, `\\n`, `\\udc..` for what would move the cursor, colour the
+    terminal or break the line, and for each byte that is not UTF-8."""
+    return "".join(
+        letter.encode("unicode_escape").decode() if category(letter) in UNSHOWN else letter
+        for letter in name
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.headers import Member, read_members
+from data_pipeline.headers import Member, printable, read_members
 from data_pipeline.npy import read_npz
 from data_pipeline.storage import Facts, describe, facts, resolve
 from data_pipeline.storing import replaced_whole
@@ -170,11 +170,14 @@ def _gather(url: str, members: Iterable[Member]) -> ShardIndex:
         if key is None:
             continue
         if extension.rpartition(".")[2] in PICKLES:
-            raise UserError(f"{url}: member {name} is a pickle and could run code; remove it")
+            raise UserError(
+                f"{url}: member {printable(name)} is a pickle and could run code; remove it"
+            )
         row = rows.setdefault(key, {})
         if extension in row:
+            shown = printable(key)
             raise UserError(
-                f"{url}: duplicate key {key}: two members {key}.{extension}; pack it again"
+                f"{url}: duplicate key {shown}: two members {shown}.{printable(extension)}; pack it again"
             )
         row[extension] = (offset, size)
     return _tabulate(url, rows)

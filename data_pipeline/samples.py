@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.catalog import Summary
 from data_pipeline.description import refuse_unfinished
-from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
+from data_pipeline.faults import BadSample, Found, PastShard, Tolerance, sample_name
 from data_pipeline.index import IMAGES, ShardIndex
-from data_pipeline.indexes import KEPT_INDEXES, Indexes
+from data_pipeline.indexes import KEPT_INDEXES, Indexes, in_threads
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import address, find, folder_of, search, short_names
 from data_pipeline.storage import resolve
+from data_pipeline.storing import size_if_there
 from data_pipeline.texts import TextMember
 from flows.errors import UserError
 
@@ -154,9 +155,8 @@ class Samples:
         begun = (self.tolerate.past if self.tolerate else None) or []
         # Where the data lie elsewhere by now, all addresses are others and the names alone count.
         if any(shard.url in known for shard in begun):
-            for shard in begun:
-                gone = UserError(f"{shard.url}: there is no shard at that place any more")
-                known.setdefault(shard.url, gone)
+            unnamed = [shard.url for shard in begun if shard.url not in known]
+            known |= zip(unnamed, in_threads(_refuse_unnamed, unnamed), strict=True)
         urls = tuple(sorted(known))
         names = dict(zip(urls, short_names(urls), strict=True))
         past = {shard.name: shard for shard in begun}
@@ -219,7 +219,7 @@ class Samples:
     def _compose(self, place: "_Place", contents: Sequence[bytes | UserError]) -> Found | BadSample:
         try:
             image, label, *texts = _raise_first(contents)
-            name = f"{place.url}: sample {place.key}"
+            name = sample_name(place.url, place.key)
             number = parse_label(label, name, self.classes)
             words = self.text.read(texts[0], name) if self.text else None
         except UserError as error:
@@ -314,12 +314,32 @@ def _refuse(shard: PastShard, found: Summary | UserError) -> None:
         )
 
 
+def _refuse_unnamed(url: str) -> UserError:
+    """Why a shard that the run began with, and that its pattern does not lead to, cannot be used.
+
+    Raises UserError if it is there: left out in silence, it would be lost without being bad.
+    """
+    try:
+        size = size_if_there(url)
+    except UserError as error:
+        return error
+    if size is not None:
+        raise UserError(
+            f"{url}: the run began with this shard and data.train no longer names it; restore data.train, "
+            "or start in a new run.dir"
+        )
+    return UserError(
+        f"{url}: there is no shard at that place any more; put it back, set data.max_bad_fraction, or "
+        "start in a new run.dir"
+    )
+
+
 def _incomplete(index: ShardIndex, sample: int, kind: Kind) -> BadSample:
     key = str(index.keys[sample])
     count = int((index.offsets[sample, _columns(index, kind.extensions)] >= 0).sum())
     named = " or ".join(f".{extension}" for extension in kind.extensions)
     return BadSample(
-        f"{index.url}: sample {key} has {count or 'no'} {kind.what} members ({named}) and needs "
+        f"{sample_name(index.url, key)} has {count or 'no'} {kind.what} members ({named}) and needs "
         f"exactly one; {kind.remedy}",
         url=index.url,
         key=key,

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_pipeline.description import (
     read_description,
     refuse_unfinished,
 )
+from data_pipeline.faults import sample_name
 from data_pipeline.index import IMAGE_FILES, LATENT
 from data_pipeline.indexes import in_threads
 from data_pipeline.keep import RECORD, parse_record
@@ -48,7 +48,8 @@ class Report:
     shorter_sides: power of two that the shorter side of an image reaches -> images
     moments: image mode, or member of numbers -> mean and deviation of each channel; of images, in
         [-1, 1]; of embeddings, of all their numbers together
-    problems: one sentence each; a bad shard is not looked into further
+    problems: one sentence each; a bad shard is not looked into further, nor are those
+        of a folder whose `dataset.json` is damaged
     """
 
     shards: int = 0
@@ -75,14 +76,15 @@ def verify(pattern: str, *, classes: int | None) -> Report:
     """
     report = Report()
     seen: dict[str, str] = {}
-    describe = lru_cache(1)(lambda folder: read_description(folder) or Description())
     urls = expand(pattern)
-    for folder in dict.fromkeys(map(folder_of, urls)):
-        _look_for_missing(folder, urls, report)
+    described = {
+        folder: _describe(folder, urls, report) for folder in dict.fromkeys(map(folder_of, urls))
+    }
     for url in urls:
         report.shards += 1
+        if (about := described[folder_of(url)]) is None:
+            continue
         try:
-            about = describe(folder_of(url))
             source = open_shard(url)
         except UserError as error:
             report.problems.append(str(error))
@@ -91,24 +93,30 @@ def verify(pattern: str, *, classes: int | None) -> Report:
             report.problems.append(f"{url}: holds no samples; pack it again or remove it")
         _check_sum(url, about, len(source), report)
         for sample in _samples(source, url, report):
+            name = sample_name(url, sample.key)
             if sample.key in seen:
                 # A key in two shards is one sample trained on twice.
                 other = seen[sample.key]
-                report.problems.append(f"{url}: sample {sample.key} is also in {other}; remove one")
+                report.problems.append(f"{name} is also in {other}; remove one")
             seen[sample.key] = url
-            _look(sample, f"{url}: sample {sample.key}", about, classes, report)
+            _look(sample, name, about, classes, report)
         source.reader.close()
     return report
 
 
-def _look_for_missing(folder: str, urls: Sequence[str], report: Report) -> None:
-    """Shards that the description of a folder names, and that are not there."""
+def _describe(folder: str, urls: Sequence[str], report: Report) -> Description | None:
+    """What is said of a folder's shards, None if it cannot be read; problems of the whole folder are
+    noted, and the shards it names that are not there."""
     try:
-        refuse_unfinished(folder)
         about = read_description(folder) or Description()
     except UserError as error:
         report.problems.append(str(error))
-        return
+        return None
+    try:
+        refuse_unfinished(folder)
+    except UserError as error:
+        report.problems.append(str(error))
+        return about
     there = {url.rpartition("/")[2] for url in urls if folder_of(url) == folder}
     unseen = [name for name in about.shards if name not in there]
     sizes = in_threads(lambda name: size_if_there(f"{folder}/{name}"), unseen)
@@ -117,6 +125,7 @@ def _look_for_missing(folder: str, urls: Sequence[str], report: Report) -> None:
         for name, size in zip(unseen, sizes, strict=True)
         if size is None
     ]
+    return about
 
 
 def open_shard(pattern: str) -> TarSource:

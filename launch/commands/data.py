@@ -29,6 +29,8 @@ Pattern = Annotated[
 # A damaged data set can have a problem a sample; the rest is in --json.
 SHOWN_PROBLEMS = 20
 SHOWN_SIZES = 12
+# A listing is in memory before it is shown: some hundred bytes a sample.
+MOST_LISTED = 1_000_000
 BAR = 24  # characters of the longest bar of a histogram
 
 
@@ -145,13 +147,14 @@ def order(
         list[str] | None, typer.Argument(help="Changes to it, as section.key=value.")
     ] = None,
     start: Annotated[
-        int, typer.Option("--from", min=0, max=2**62, help="Samples taken before.")
+        int, typer.Option("--from", min=0, max=2**53, help="Samples taken before.")
     ] = 0,
     batches: Annotated[int, typer.Option(min=1, help="Global batches to list.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that read different samples.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Which samples each global batch holds, and which rank reads them; nothing is decoded."""
+    from data_pipeline.headers import printable
     from data_pipeline.loader import list_shares
     from trainer.assembly import training_stream
     from trainer.recipe import load_recipe
@@ -162,6 +165,11 @@ def order(
         raise UserError(
             f"train.batch = {batch} does not divide over --ranks {ranks}; give a divisor of it."
         )
+    if batches * batch > MOST_LISTED:
+        raise UserError(
+            f"--batches {batches} of train.batch = {batch} are {batches * batch:,} samples, and at most "
+            f"{MOST_LISTED:,} are listed at once; ask for fewer, and for the rest by --from."
+        )
     stream = training_stream(loaded)
     listed = list_shares(stream, start=start, batches=batches, batch=batch, ranks=ranks)
     stream.close()
@@ -171,7 +179,9 @@ def order(
     table = Table("position", "rank", "samples", title=f"{recipe}: batches of {batch}")
     for one in listed:
         for rank, keys in enumerate(one.ranks):
-            table.add_row("" if rank else f"{one.position:,}", str(rank), Text(" ".join(keys)))
+            table.add_row(
+                "" if rank else f"{one.position:,}", str(rank), Text(" ".join(map(printable, keys)))
+            )
         table.add_section()
     Console().print(table)
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.catalog import NAME
 from data_pipeline.description import Description, Shard, write_description
+from data_pipeline.samples import Samples
 from flows.errors import UserError
 from launch.commands.data import app
 from tests.data_pipeline.conftest import grey, sample, write_tar
@@ -102,7 +103,7 @@ def test_bad_input_is_a_user_error(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ("order", "digits8", "--from", str(2**63)),
+        ("order", "digits8", "--from", str(2**53 + 1)),
         ("pack", "sklearn:digits", "x", "--shuffle", str(2**63)),
     ],
 )
@@ -111,8 +112,8 @@ def test_numbers_beyond_the_range_are_usage_errors(words):
 
 
 def test_order_goes_as_far_as_it_says():
-    (batch,) = json.loads(run("order", *TINY_RECIPE, "--from", str(2**62), "--json"))
-    assert (batch["position"], len(batch["ranks"][0])) == (2**62, 12)
+    (batch,) = json.loads(run("order", *TINY_RECIPE, "--from", str(2**53), "--json"))
+    assert (batch["position"], len(batch["ranks"][0])) == (2**53, 12)
 
 
 def test_asking_for_help_loads_nothing_heavy():
@@ -179,6 +180,35 @@ def test_order_of_a_mixture_names_the_set_and_the_table_shows_every_rank():
     assert sorted(key.partition(":")[0] for key in keys) == ["0"] * 10 + ["1"] * 2
     table = run(*words)
     assert all(key in table for key in keys)
+
+
+def test_order_refuses_more_than_memory_may_hold():
+    with pytest.raises(UserError, match=r"--batches 100000000000 .* at most 1,000,000 are listed"):
+        run("order", *TINY_RECIPE, "--batches", str(10**11))
+
+
+def test_verify_reports_a_damaged_description_once(tmp_path):
+    for shard in "ab":
+        write_tar(tmp_path / f"{shard}.tar", sample(shard, 1))
+    (tmp_path / "dataset.json").write_text("[]")
+    report = json.loads(run("verify", f"{tmp_path}/*.tar", "--json", code=1))
+    (problem,) = report["problems"]
+    assert "dataset.json: is not a description of shards (1 error, the first: " in problem
+    assert (report["shards"], report["samples"]) == (2, 0)
+
+
+def test_control_characters_of_keys_do_not_reach_the_terminal(tmp_path):
+    write_tar(tmp_path / "a.tar", sample("a\x1b[31mb\n", 1, "cat"))
+    report = json.loads(run("verify", f"{tmp_path}/a.tar", "--json", code=1))
+    (problem,) = report["problems"]
+    assert r"a.tar: sample a\x1b[31mb\n: label b'cat' is not an integer" in problem
+    write_tar(tmp_path / "a.tar", sample("a\x1b[31mb\n", 1))
+    assert Samples(str(tmp_path / "a.tar"), classes=1).index(str(tmp_path / "a.tar")).keys == [
+        "a\x1b[31mb\n"
+    ]
+    table = run("order", *TINY_RECIPE, f"data.train={tmp_path}/a.tar")
+    assert "\x1b" not in table
+    assert r"a\x1b[31mb\n" in table
 
 
 def test_order_refuses_ranks_that_training_would_refuse():

@@ -267,8 +267,21 @@ def test_a_resume_has_the_shards_the_run_began_with(shards, tmp_path):
     with pytest.raises(UserError, match=r"train-02\.tar: was left out when this run began"):
         begin(past, fraction=0.0)
     whole = [shard._replace(left_out=None, samples=4) for shard in past]
-    with pytest.raises(UserError, match=r"train-04\.tar: there is no shard at that place any more"):
+    with pytest.raises(
+        UserError, match=r"train-04\.tar: there is no shard .* any more; put it back"
+    ):
         begin(whole, fraction=0.0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.9])
+def test_a_resume_refuses_a_pattern_that_names_less(shards, tmp_path, fraction):
+    shards([4] * 3)
+    first = Samples(f"{tmp_path}/data/*.tar", classes=10)
+    tolerate = Tolerance(fraction, None, first.past)
+    with pytest.raises(
+        UserError, match=r"train-02\.tar: .* data\.train no longer names it; restore"
+    ):
+        Samples(f"{tmp_path}/data/train-0[01].tar", classes=10, tolerate=tolerate)
 
 
 def test_a_run_goes_on_where_its_data_were_moved(shards, tmp_path, monkeypatch):

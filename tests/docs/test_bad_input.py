@@ -4,6 +4,7 @@ SHARD, DATA and RECIPE stand for what changes from one run to another; ... for t
 """
 
 import io
+import os
 import re
 import tarfile
 import threading
@@ -89,6 +90,20 @@ def _special(name: str, kind: bytes) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, "/etc/passwd"
     return member
+
+
+def _pax(name: str, headers: dict[str, str]) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.pax_headers = headers
+    return member
+
+
+def _pipe(folder: Path) -> Case:
+    (folder / "4.tar").unlink(missing_ok=True)  # writing into the pipe of a first call would wait
+    case = _set(folder)
+    Path(case.broken).unlink()
+    os.mkfifo(case.broken)
+    return case
 
 
 def _bomb() -> bytes:
@@ -269,10 +284,13 @@ BUILD: dict[str, Callable[[Path], Case]] = {
     "tar cut in the middle of a member": _rewritten(lambda tar: tar[:20_000]),
     "tar cut between two members": _rewritten(lambda tar: tar[: 4 * 512]),
     "an error page, or a compressed tar": _rewritten(lambda _: b"<html>404</html>" * 99),
+    "sparse member with a broken map": _with((_pax("0099.png", {"GNU.sparse.map": "a,b"}), b"x")),
+    "pipe, socket or device in the place of a shard": _pipe,
     "two tars joined": _rewritten(lambda tar: tar + tar),
     "member with an absolute path": _with(("/etc/0099.png", b"x")),
     "member with `..` in its path": _with(("../0099.png", b"x")),
     "member whose name is not UTF-8": _with(("\udcff.png", b"x")),
+    "control characters in a name": _with(("../\x1b[31m.png", b"x")),
     "link": _with((_special("0099.png", tarfile.SYMTYPE), b"")),
     "device, pipe": _with((_special("0099.png", tarfile.CHRTYPE), b"")),
     "`.pyd`, `.pickle`, `.pkl`, `.pth` or `.pt` member": _with(("0099.pth", b"x")),
