@@ -37,6 +37,7 @@ SMALL = "train.microbatch=2"
 RING, ZERO = "parallel.context=ring", "parallel.engine=deepspeed"
 # Layout -> ranks, and what it changes in a recipe.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1 rank": (1, []),
     "DDP 2": (2, [DDP]),
     "FSDP2 2": (2, ["parallel.strategy=fsdp"]),
     "FSDP2 4": (4, ["parallel.strategy=fsdp"]),
@@ -127,7 +128,7 @@ def matrix(layouts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, Cell]] = {}
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         keys = [FAMILIES[name] for name in names]
-        one = Path(folder, "1 rank")
+        one = Path(folder, "reference")
         run_ranks(train_families, 1, timeout=600.0, folder=str(one), changes=[], names=keys)
         for layout in layouts:
             ranks, changes = LAYOUTS[layout]

@@ -17,6 +17,7 @@ from trainer.assembly import plan
 pytestmark = pytest.mark.timeout(600)
 
 EXACT = 1e-5
+NORM = 1e-6
 
 
 # Name -> ranks, changes of the recipe, and what checkpoints say of the layout.
@@ -70,6 +71,7 @@ def test_every_layout_trains_what_one_rank_trains(trained, name, layout):
         parts.append("buffer.")
     errors |= {part: runs.distance(ours, theirs, part) for part in parts}
     assert max(errors.values()) <= EXACT, errors
+    assert errors["grad_norm"] <= NORM, errors
 
 
 def expert_loads(folder: Path) -> list[dict[str, list[float]]]:
