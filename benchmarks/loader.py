@@ -1,8 +1,8 @@
 """Our loader against others: samples a second, and how long it takes to go on late in an epoch.
 
 Speed: every side in turn, several times over, opens anew, fills its queues, and is timed over the same
-number of batches of 256 x 256 JPEGs. Going on: the time from nothing to the first batch, from a state
-taken at 90 % of an epoch of many small JPEGs. The sides' images are compared with pillow's, sample by
+number of batches of 256 x 256 JPEGs. Going on: the time from opening the data to the first batch, from a
+state taken at 90 % of an epoch of many small JPEGs. The sides' images are compared with pillow's, sample by
 sample, so that nobody is quick because of less work; and each side has a process of its own.
 """
 

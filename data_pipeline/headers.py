@@ -147,6 +147,8 @@ def is_utf8(name: str) -> bool:
 def printable(name: str) -> str:
     """A name as messages show it: `\\x1b`, `\\n`, `\\udc..` for what would move the cursor, colour the
     terminal or break the line, and for each byte that is not UTF-8."""
+    if name.isprintable():
+        return name
     return "".join(
         letter.encode("unicode_escape").decode() if category(letter) in UNSHOWN else letter
         for letter in name
