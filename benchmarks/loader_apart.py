@@ -108,7 +108,7 @@ def check_images(side: Side, shards: Shards) -> float:
 
 
 def _keep_busy() -> None:
-    """All cores that there are for us, for a moment: for some milliseconds after a sleep they run at half their speed."""
+    """Our cores, for a moment: for some milliseconds after a sleep they run at half their speed."""
     end = time.perf_counter() + AWAKE_SECONDS
     content = bytes(1 << 20)
 
