@@ -35,9 +35,11 @@ class Source(Protocol):
 
 def check_name(name: str, where: str) -> None:
     """Raises UserError for a name that shards, and reports on them, cannot hold."""
-    shown = printable(name)
-    if shown != name or any(ord(letter) < ord(" ") for letter in name):
-        raise UserError(f"{where}: {shown!r} is not UTF-8, or has a line end in it; rename it")
+    if (shown := printable(name)) != name:
+        raise UserError(
+            f"{where}: '{shown}' is not UTF-8, or has a line end or another control character in it; "
+            "rename it"
+        )
 
 
 def image_extension(content: bytes, name: str) -> str:
