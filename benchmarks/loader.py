@@ -20,6 +20,7 @@ from benchmarks.loader_sides import SIDES, Flowmill, Setting, WebDataset
 SIZE, SMALL_SIZE = 256, 64
 SHARDS, MANY_SHARDS = 8, 40
 AT = 0.9
+
 Note = Callable[[str], None]
 
 

@@ -252,8 +252,7 @@ def _subject(run: RunFolder, recipe: Recipe) -> Subject:
     device = choose_device("auto", 0)
     section, objective = recipe.sample, recipe.objective
     trained = load_trained(run, recipe, device, batch=1)
-    model, variance = trained.model, trained.shared.variance
-    variance = None if variance is None else variance.to(device)
+    model, variance = trained.model, trained.shared.variance_on(device)
     # What a dequantiser adds is there to be trained with.
     model = model.flow if isinstance(model, Dequantised) else model
     if not (isinstance(section, InversionSection) and isinstance(model, TarFlow | STARFlow)):

@@ -122,26 +122,21 @@ def _walk(stream: IO[bytes], url: str) -> Iterator[Member]:
 
 def _refuse_unsafe(member: tarfile.TarInfo, url: str) -> None:
     refuse_name(member.name, url)
-    name = printable(member.name)
     if not member.isreg() or member.issparse():
         kind = "link" if member.issym() or member.islnk() else "device or special file"
-        raise UserError(f"{url}: member {name} is a {kind}; a shard holds plain files only")
+        raise UserError(
+            f"{url}: member {printable(member.name)} is a {kind}; a shard holds plain files only"
+        )
 
 
 def refuse_name(name: str, url: str) -> None:
     """Raises UserError for a member that would be written outside the folder it is unpacked in, and for
     one whose name is not UTF-8, so that no report could hold it."""
-    shown = printable(name)
-    if not is_utf8(name):
-        raise UserError(f"{url}: member {shown} has a name that is not UTF-8; rename it")
+    if name.encode("utf-8", "ignore").decode() != name:
+        raise UserError(f"{url}: member {printable(name)} has a name that is not UTF-8; rename it")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{url}: member {shown} leads outside the shard; pack it again")
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file's name, as Python reads it, has no byte that is not UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+        raise UserError(f"{url}: member {printable(name)} leads outside the shard; pack it again")
 
 
 def printable(name: str) -> str:

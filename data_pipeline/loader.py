@@ -240,14 +240,10 @@ class Ahead:
         return start
 
     def _decode(self, read: Undecoded) -> Loaded:
-        try:
-            return self._share.decode(read)
-        except BaseException:
-            # It is the last that comes: nothing is read behind it.
-            self._stopped = True
-            raise
-        finally:
-            self._first_is_over.set()
+        # If this raises it is the last that comes: whoever takes it stops what waits here.
+        loaded = self._share.decode(read)
+        self._first_is_over.set()
+        return loaded
 
 
 class Loader:

@@ -80,13 +80,12 @@ def heldout_bits(
 
     train: (n, channels, height, width) images in [-1, 1], or latents
     heldout: (m, channels, height, width) images and their (m,) labels
-    variance: (tokens, features) of the prior of a flow that preserves volume; None for 1
+    variance: (tokens, features) of the prior of a flow that preserves volume, where the model is; None for 1
 
     The noise of image i is a function of (seed, i).
     """
     device = next(model.parameters()).device
     images, labels = heldout
-    variance = None if variance is None else variance.to(device)
     found = []
     for ids in torch.arange(len(images)).split(BATCH):
         batch = Batch(images[ids], labels[ids], ids).to(device)

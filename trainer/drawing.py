@@ -76,6 +76,9 @@ class Shared:
     variance: Tensor | None = None
     strategies: Strategy | list[Strategy] = SEQUENTIAL
 
+    def variance_on(self, device: torch.device) -> Tensor | None:
+        return None if self.variance is None else self.variance.to(device)
+
 
 def find_shared(model: nn.Module, recipe: Recipe, device: torch.device, *, batch: int) -> Shared:
     """What samples that are drawn `batch` at a time share; a collective where ranks have joined.
@@ -191,7 +194,7 @@ def _invert(
     """Samples of a normalizing flow: noise, carried back to data and freed of the noise of training."""
     objective = recipe.objective
     assert isinstance(objective, LikelihoodSection)
-    variance = None if shared.variance is None else shared.variance.to(ids.device)
+    variance = shared.variance_on(ids.device)
     if isinstance(flow, Jet):
         shape = (flow.config.tokens, flow.config.features)
         noise = Draw(recipe.seed, 0, ids).normal("sample_noise", shape)
@@ -225,11 +228,12 @@ def _shared(
     model: nn.Module, recipe: Recipe, section: InversionSection, device: torch.device, batch: int
 ) -> Shared:
     """Of an autoregressive flow, on conditions like those of the first batch."""
-    flow, variance, strategies = _flow(model), None, _strategy(section)
+    flow, variance = _flow(model), None
     if isinstance(flow, TarFlow) and flow.config.volume_preserving:
-        variance = measured_variance(model, recipe, device).cpu()
+        variance = measured_variance(model, recipe, device)
+    held = None if variance is None else variance.cpu()
     if section.strategy != "auto":
-        return Shared(variance, strategies)
+        return Shared(held, _strategy(section))
     first = ask(recipe, torch.arange(batch)).condition(device)
     choices = choose_strategy(
         cast(AutoregressiveFlow, flow),
@@ -239,9 +243,9 @@ def _shared(
         guidance=_guidance(section),
         tolerance=section.tolerance,
         accuracy=section.accuracy,
-        variance=None if variance is None else variance.to(device),
+        variance=variance,
     )
-    return Shared(variance, [choice.strategy for choice in choices])
+    return Shared(held, [choice.strategy for choice in choices])
 
 
 def _guidance(section: InversionSection) -> FlowGuidance:

@@ -41,9 +41,8 @@ def judge_run(
     objective = measured_objective(recipe)
     bits = None
     if objective is not None:
-        bits = heldout_bits(
-            trained.model, objective, train[0], heldout, recipe.seed, trained.shared.variance
-        )
+        variance = trained.shared.variance_on(ranks.device)
+        bits = heldout_bits(trained.model, objective, train[0], heldout, recipe.seed, variance)
     train, heldout = (
         (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
     )

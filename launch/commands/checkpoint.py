@@ -71,13 +71,10 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Show what is in one checkpoint: tensors, files, and where the run stood."""
-    from trainer.checkpoints.contents import checkpoint_in
-    from trainer.checkpoints.manifest import damaged_sizes, read_manifest
+    from trainer.checkpoints.contents import checkpoint_in, whole_manifest
 
     path = checkpoint_in(target, step)
-    manifest = read_manifest(path)
-    if (wrong := damaged_sizes(path, manifest)) is not None:
-        raise UserError(f"{wrong}; use another checkpoint.")
+    manifest = whole_manifest(path)
     if as_json:
         typer.echo(json.dumps({"path": str(path), **asdict(manifest)}, indent=2))
         return

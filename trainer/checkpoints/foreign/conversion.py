@@ -67,7 +67,8 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
     chosen.check(config)
     moves = chosen.moves(config)
     tables = chosen.tables(config)
-    expected = to_theirs(moves, _empty(chosen.family, config))
+    ours = _empty(chosen.family, config)
+    expected = to_theirs(moves, ours)
     _check_tensors(chosen, state, expected)
     if strange := [name for name in state if name not in expected | tables]:
         raise UserError(
@@ -75,7 +76,7 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
             "leave it out, or choose the format that wrote the file."
         )
     _check_tables(chosen, state, tables)
-    _check_numbers(state, moves, _empty(chosen.family, config))
+    _check_numbers(state, moves, ours)
     return Converted(config, to_ours(moves, state))
 
 
