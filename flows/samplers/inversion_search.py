@@ -128,10 +128,11 @@ def _choose(
 
 
 def _candidates(chain: int) -> Iterator[Strategy]:
-    """From all tokens at once down to a few."""
+    """From all tokens at once down to a few, from either guess: which is nearer is the block's."""
     for group in (chain, *reversed(GROUPS)):
         if group <= chain:
             yield Strategy(group, sliding=group < chain)
+            yield Strategy(group, guess="zero", sliding=group < chain)
 
 
 def _now(device: torch.device) -> float:
