@@ -3,7 +3,8 @@
 The loop is the usual one (a module an expert; each gathers the rows that chose it, computes them and adds
 them up), with the same weights, the same router and the same choices. It is timed beside the bare matrix
 products of the same rows, which no way of ordering the work can avoid. Times are of the processor, not of
-the clock on the wall, for there is one thread, and other programs may share its core.
+the clock on the wall, for there is one thread, and other programs may share its core. The process keeps
+freed memory, as it does when it trains; so for the loop.
 """
 
 import statistics
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from flows.models.mixture import Mixture
 from flows.models.routers import Routing
+from parallel.memory import keep_freed_memory
 
 CHOSEN = 2
 
@@ -88,6 +90,7 @@ class Loop(nn.Module):
 
 def measure(size: str, experts: int, rounds: int) -> Measured:
     """Both ways in turn, `rounds` times after two to warm up."""
+    keep_freed_memory()
     width, hidden, samples, tokens = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     mixture = Mixture(width, hidden, 0, Routing(experts, CHOSEN))

@@ -34,7 +34,7 @@ from flows.samplers.inversion import (
 )
 from flows.samplers.inversion_guidance import FlowGuidance
 from flows.samplers.inversion_search import Choice, choose_strategy
-from parallel.processes import choose_device
+from parallel.processes import alone
 from trainer.asked import ask
 from trainer.flow_sections import InversionSection, LikelihoodSection
 from trainer.real_images import read_real
@@ -249,7 +249,7 @@ def measure(
 
 
 def _subject(run: RunFolder, recipe: Recipe) -> Subject:
-    device = choose_device("auto", 0)
+    device = alone().device
     section, objective = recipe.sample, recipe.objective
     trained = load_trained(run, recipe, device, batch=1)
     model, variance = trained.model, trained.shared.variance_on(device)

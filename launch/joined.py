@@ -62,10 +62,10 @@ def start_ranks(run: "RunFolder", ranks: int | None) -> None:
 @contextmanager
 def joined() -> Iterator["Ranks"]:
     """This process's place among the ranks, in whose collectives it takes part; alone without any."""
-    from parallel.processes import Ranks, choose_device, start, stop
+    from parallel.processes import alone, start, stop
 
     if not joined_by_launcher():
-        yield Ranks(0, 1, 0, choose_device("auto", 0))
+        yield alone()
         return
     die_with_parent()
     with as_rank():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from flows.errors import UserError
+from parallel.memory import keep_freed_memory
 
 T = TypeVar("T")
 DevicePreference = Literal["auto", "cpu", "cuda"]
@@ -56,9 +57,7 @@ def start(preference: DevicePreference, timeout_seconds: float) -> Ranks:
             f"RANK is {rank} but WORLD_SIZE is {world_size}; ranks are numbered from 0, "
             "so start them by `flowmill train` or torchrun."
         )
-    device = choose_device(preference, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _take_device(preference, local_rank)
     # The CPU backend beside NCCL carries checkpoint plans and other small objects.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -70,6 +69,11 @@ def start(preference: DevicePreference, timeout_seconds: float) -> Ranks:
         timeout=timeout,
     )
     return Ranks(rank, world_size, local_rank, device)
+
+
+def alone() -> Ranks:
+    """This process by itself, in no group."""
+    return Ranks(0, 1, 0, _take_device("auto", 0))
 
 
 def stop() -> None:
@@ -108,6 +112,15 @@ def choose_device(preference: DevicePreference, local_rank: int) -> torch.device
             f"{count}; start at most {count} ranks on it, or ask for the CPU."
         )
     return torch.device("cuda", local_rank)
+
+
+def _take_device(preference: DevicePreference, local_rank: int) -> torch.device:
+    device = choose_device(preference, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
 
 
 def _store(rank: int, world_size: int, timeout: timedelta) -> Store:

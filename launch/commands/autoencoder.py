@@ -37,7 +37,7 @@ def autoencoder(
     from data_pipeline.decode.decoder import open_decoder
     from data_pipeline.encoders.fit import fit_autoencoder
     from data_pipeline.loader import read_all
-    from parallel.processes import choose_device
+    from parallel.processes import alone
     from trainer.storage import reach_plain_storage
 
     resolutions = _widths(widths, image_size)
@@ -53,7 +53,7 @@ def autoencoder(
     console = Console(stderr=True, soft_wrap=True)
     error = fit_autoencoder(
         images, out, widths=resolutions, channels=channels, steps=steps, batch=batch,
-        learning_rate=lr, divergence=divergence, seed=seed, device=choose_device("auto", 0),
+        learning_rate=lr, divergence=divergence, seed=seed, device=alone().device,
         note=lambda step, loss: console.print(f"step {step}  loss {loss:.4f}", highlight=False),
     )  # fmt: skip
     factor = 2 ** (len(resolutions) - 1)
