@@ -239,8 +239,9 @@ def tokens_choose(
     if routing.renormalise:
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(SMALLEST)
     weight = weight * routing.scale
-    asked = F.one_hot(expert, experts)
-    load = asked.sum((1, 2)).float()
+    nobody = torch.zeros_like(scores, dtype=torch.bool)
+    asked = nobody.scatter(-1, expert, True)
+    load = asked.sum(1).float()
     ties = _ties(best.values, chosen)
     kept = None
     if routing.capacity:
@@ -249,9 +250,9 @@ def tokens_choose(
     dropped = load.new_zeros(batch) if kept is None else (~kept).sum((1, 2)).float()
     if mask is not None:
         weight = weight * mask
-    found = asked if kept is None else asked * kept.unsqueeze(-1)
-    slots = _in_order(expert, weight, kept, found.sum((0, 1, 2)))
-    return slots, Routed(load, dropped, _entropy(scores), ties, _no_flow(load)), asked.sum(2) > 0
+    found = asked if kept is None else nobody.scatter(-1, expert, kept)
+    slots = _in_order(expert, weight, kept, found.sum((0, 1)))
+    return slots, Routed(load, dropped, _entropy(scores), ties, _no_flow(load)), asked
 
 
 def experts_choose(
@@ -426,7 +427,7 @@ def _distribution(scores: Tensor) -> Tensor:
 def _entropy(scores: Tensor) -> Tensor:
     """(batch,) mean over tokens."""
     share = _distribution(scores.detach())
-    return -torch.xlogy(share, share).sum(-1).mean(1)
+    return -(share * share.clamp_min(SMALLEST).log()).sum(-1).mean(1)
 
 
 def _ties(best: Tensor, chosen: int) -> Tensor:
