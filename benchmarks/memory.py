@@ -36,7 +36,7 @@ from parallel.pipeline.part import Part
 from parallel.pipeline.schedule import FREES, Schedule, Work
 from parallel.precision import computing
 from trainer.assembly import build_objective, check_layout, model_architecture
-from trainer.engines import accumulates, place
+from trainer.engines import accumulates, execution_of, place
 from trainer.pipelines import chain_costs, schedule_of
 from trainer.recipe import Recipe
 
@@ -135,9 +135,8 @@ def measure_pipeline(recipe: Recipe, ranks: int) -> list[RankMemory]:
                 layout,
                 bounds,
                 schedule.local(rank),
-                device=torch.device("cpu"),
-                precision=recipe.train.precision,
-                checkpoint_activations=recipe.train.recompute,
+                execution_of(recipe),
+                torch.device("cpu"),
             )
         parameters = held_bytes(laid.held.values())
         whole_ones = 4 * sum(parameter.numel() for parameter in laid.parameters.values())
@@ -198,9 +197,8 @@ def _of_stages(
                     whole,
                     bounds,
                     [(0, stage)],
-                    device=cpu,
-                    precision=recipe.train.precision,
-                    checkpoint_activations=recompute,
+                    replace(execution_of(recipe), recompute=recompute),
+                    cpu,
                 )
                 part = laid.parts[0, stage]
                 _as_gathered(recipe, layout, part)
@@ -267,16 +265,8 @@ def pretended_ranks(count: int, rank: int) -> Iterator[None]:
 def _laid_out(
     recipe: Recipe, model: nn.Module, mesh: DeviceMesh, layout: Layout, recompute: Recompute
 ) -> ParallelModel:
-    return lay_out(
-        model,
-        mesh,
-        layout,
-        precision=recipe.train.precision,
-        checkpoint_activations=recompute,
-        compile=False,
-        reshard_after_forward=recipe.parallel.reshard_after_forward,
-        offload=False,
-    )
+    execution = replace(execution_of(recipe), recompute=recompute, compile=False, offload=False)
+    return lay_out(model, mesh, layout, execution)
 
 
 def _activations(

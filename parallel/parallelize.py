@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flows.initialise import Initialisable, rules_of
 from flows.models.division import Region
-from parallel.activation import Recompute, checkpoint_blocks
 from parallel.context import cut_sequences
+from parallel.execution import Execution, prepare_blocks
 from parallel.expert import NOTHING, expert_mesh, scatter_experts, widen_routers
 from parallel.fsdp import replicate_model, shard_model
 from parallel.initialise import fill_parameters
 from parallel.mesh import Layout, averaging_mesh
 from parallel.pieces import Cut, Slice, whole_tensor
-from parallel.precision import Precision, gather_policy
+from parallel.precision import gather_policy
 from parallel.tensor import Divided, divide
 
 
@@ -80,14 +80,10 @@ def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     layout: Layout,
+    execution: Execution,
     *,
     device: torch.device,
     seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    reshard_after_forward: bool,
-    offload: bool,
 ) -> ParallelModel:
     """Lay `model` (a FlowModel on the meta device) over `mesh` and draw its weights; changed in place.
 
@@ -95,17 +91,8 @@ def parallelize(
     """
     described = cast(FlowModel, model)
     rules = rules_of(described)
-    laid_out = lay_out(
-        model,
-        mesh,
-        layout,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
-        compile=compile,
-        reshard_after_forward=reshard_after_forward,
-        offload=offload,
-    )
-    _materialise(model, device, torch.device("cpu") if offload else device)
+    laid_out = lay_out(model, mesh, layout, execution)
+    _materialise(model, device, torch.device("cpu") if execution.offload else device)
     parameters = dict(zip(laid_out.parameters, model.parameters(), strict=True))
     laid_out = replace(laid_out, parameters=parameters)
     fill_parameters(laid_out.held, rules, seed)
@@ -116,21 +103,12 @@ def parallelize(
 
 
 def lay_out(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    layout: Layout,
-    *,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    reshard_after_forward: bool,
-    offload: bool,
+    model: nn.Module, mesh: DeviceMesh, layout: Layout, execution: Execution
 ) -> ParallelModel:
     """What each rank will hold of `model`, still on the meta device.
 
     The work on a sample is divided first, so that all that follows sees the model that a rank has.
-    Recomputing goes inside compiling, so that the compiler sees both; both go inside the gather of
-    a block, so that its weights are there for either.
+    Recomputing and compiling go inside the gather of a block, so that its weights are there for either.
     """
     described = cast(FlowModel, model)
     names = [name for name, _ in model.named_parameters()]
@@ -140,18 +118,15 @@ def lay_out(
     experts = NOTHING
     if layout.ep > 1:
         experts = scatter_experts(model, expert_mesh(mesh, layout), layout)
-    checkpoint_blocks(model, described.blocks, checkpoint_activations)
-    if compile:
-        for block in described.blocks:
-            block.compile(fullgraph=True)
+    prepare_blocks(model, described.blocks, execution)
     if layout.strategy in ("fsdp", "hsdp"):
         shard_model(
             model,
             described.blocks,
             averaging_mesh(mesh, layout),
-            policy=gather_policy(precision),
-            reshard_after_forward=reshard_after_forward,
-            offload=offload,
+            policy=gather_policy(execution.precision),
+            reshard_after_forward=execution.reshard_after_forward,
+            offload=execution.offload,
             apart=experts.modules,
             apart_mesh=experts.mesh,
         )

@@ -12,7 +12,8 @@ from flows.models.routers import trace_flow
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native
 from parallel.engines.deepspeed_config import Json, Stage
-from parallel.engines.engine import Engine, OptimizerFactory
+from parallel.engines.engine import Engine, OptimizerFactory, Start
+from parallel.execution import Execution
 from parallel.mesh import Layout, build_mesh, resolve_layout
 from parallel.parallelize import FlowModel
 from parallel.precision import check_float8, multiply_in_float8
@@ -124,68 +125,36 @@ def build_engine(
     """The engine that was asked for, its weights drawn; a collective."""
     with torch.device("meta"):
         network = model.build()
-    train, factory = recipe.train, optimizer_factory(recipe)
+    train = recipe.train
     if train.trace_experts:
         trace_flow(network)
     if train.float8:
         multiply_in_float8(cast(FlowModel, network).blocks)
+    execution = execution_of(recipe)
+    start = Start(ranks.device, recipe.seed, optimizer_factory(recipe), clock)
     if recipe.parallel.engine == "accelerate":
-        return accelerate.build(
-            network,
-            placement.kind,
-            placement.deepspeed,
-            device=ranks.device,
-            seed=recipe.seed,
-            precision=train.precision,
-            checkpoint_activations=train.recompute,
-            compile=train.compile,
-            reshard_after_forward=recipe.parallel.reshard_after_forward,
-            optimizer=factory,
-            clock=clock,
-        )
+        return accelerate.build(network, placement.kind, placement.deepspeed, execution, start)
     if placement.deepspeed is not None:
-        return deepspeed.build(
-            network,
-            placement.deepspeed,
-            device=ranks.device,
-            seed=recipe.seed,
-            precision=train.precision,
-            checkpoint_activations=train.recompute,
-            compile=train.compile,
-            optimizer=factory,
-            clock=clock,
-        )
-    mesh = build_mesh(placement.layout, ranks.device)
-    if placement.layout.pp > 1:
+        return deepspeed.build(network, placement.deepspeed, execution, start)
+    layout, mesh = placement.layout, build_mesh(placement.layout, ranks.device)
+    if layout.pp > 1:
         # See parallel/pipeline/torch_schedules.py: what it imports takes long.
         from parallel.engines import pipelined
 
-        return pipelined.build(
-            network,
-            placement.layout,
-            mesh,
-            schedule_of(recipe, placement.layout),
-            chain_costs(recipe, model, None)[1],
-            device=ranks.device,
-            seed=recipe.seed,
-            precision=train.precision,
-            checkpoint_activations=train.recompute,
-            optimizer=factory,
-            clock=clock,
-        )
-    return native.build(
-        network,
-        placement.layout,
-        mesh,
-        device=ranks.device,
-        seed=recipe.seed,
+        schedule, costs = schedule_of(recipe, layout), chain_costs(recipe, model, None)[1]
+        return pipelined.build(network, layout, mesh, schedule, costs, execution, start)
+    return native.build(network, layout, mesh, execution, start)
+
+
+def execution_of(recipe: Recipe) -> Execution:
+    """How the recipe's steps are computed."""
+    train, section = recipe.train, recipe.parallel
+    return Execution(
         precision=train.precision,
-        checkpoint_activations=train.recompute,
+        recompute=train.recompute,
         compile=train.compile,
-        reshard_after_forward=recipe.parallel.reshard_after_forward,
-        offload=recipe.parallel.offload,
-        optimizer=factory,
-        clock=clock,
+        reshard_after_forward=section.reshard_after_forward,
+        offload=section.offload,
     )
 
 

@@ -9,6 +9,7 @@ to one process, without a word.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -19,13 +20,12 @@ from torch import nn
 
 from flows.errors import UserError
 from flows.initialise import rules_of
-from parallel.activation import Recompute, checkpoint_blocks
-from parallel.clock import Clock
 from parallel.engines import deepspeed
 from parallel.engines.deepspeed import DeepSpeedEngine
 from parallel.engines.deepspeed_config import OFFLOADS, STAGE, Json, read
-from parallel.engines.engine import OptimizerFactory
+from parallel.engines.engine import Start
 from parallel.engines.native import NativeEngine
+from parallel.execution import Execution, prepare_blocks
 from parallel.fsdp import quiet
 from parallel.initialise import fill_parameters
 from parallel.parallelize import FlowModel, ParallelModel
@@ -108,91 +108,59 @@ def build(
     model: nn.Module,
     kind: Kind,
     config: Json | None,
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    reshard_after_forward: bool,
-    optimizer: OptimizerFactory,
-    clock: Clock,
+    execution: Execution,
+    start: Start,
 ) -> NativeEngine | DeepSpeedEngine:
     """The engine of a `FlowModel` on the meta device that Accelerate has prepared; a collective.
 
     config: what DeepSpeed is given, where `kind` is deepspeed
-    reshard_after_forward: unless the accelerate config says it
+    execution: its resharding after the forward, unless the accelerate config says it
     """
     if "FSDP_RESHARD_AFTER_FORWARD" in os.environ:
-        reshard_after_forward = _on("FSDP_RESHARD_AFTER_FORWARD")
-    common: dict[str, Any] = {"device": device, "precision": precision, "clock": clock}
+        execution = replace(execution, reshard_after_forward=_on("FSDP_RESHARD_AFTER_FORWARD"))
     if config is not None:
-        deepspeed.load(device)  # before Accelerate does, for the device that this rank has
-        accelerator = _accelerator(kind, device, {"deepspeed_plugin": _deepspeed_plugin(config)})
+        deepspeed.load(start.device)  # before Accelerate does, for the device that this rank has
+        accelerator = _accelerator(
+            kind, start.device, {"deepspeed_plugin": _deepspeed_plugin(config)}
+        )
         return deepspeed.build(
             model,
             config,
-            seed=seed,
-            checkpoint_activations=checkpoint_activations,
-            compile=compile,
-            optimizer=optimizer,
+            execution,
+            start,
             initialise=lambda *both: accelerator.prepare(*both)[0],
-            **common,
         )
-    prepared = _prepare(
-        model,
-        kind,
-        device=device,
-        seed=seed,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
-        compile=compile,
-        reshard_after_forward=reshard_after_forward,
-    )
     world = dist.group.WORLD
     assert world is not None
     return NativeEngine(
-        prepared,
+        _prepare(model, kind, execution, start),
+        execution,
+        start,
         data_rank=dist.get_rank(),
         data_size=dist.get_world_size(),
         data_groups=[world] if dist.get_world_size() > 1 else [],
         peer_groups=[],
-        compiled=compile,
-        reshard_after_forward=reshard_after_forward,
-        optimizer=optimizer,
-        **common,
     )
 
 
-def _prepare(
-    model: nn.Module,
-    kind: Kind,
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    reshard_after_forward: bool,
-) -> ParallelModel:
+def _prepare(model: nn.Module, kind: Kind, execution: Execution, start: Start) -> ParallelModel:
     """The order of things is that of `parallel.parallelize`; only the wrapping is Accelerate's."""
     described = cast(FlowModel, model)
     rules, names = rules_of(described), [name for name, _ in model.named_parameters()]
     plugins = {}
     if kind == "fsdp":
-        plugins["fsdp_plugin"] = _fsdp_plugin(model, precision, reshard_after_forward)
-    checkpoint_blocks(model, described.blocks, checkpoint_activations)
-    if compile:
-        for one in described.blocks:
-            one.compile(fullgraph=True)
-    accelerator = _accelerator(kind, device, plugins)
+        plugins["fsdp_plugin"] = _fsdp_plugin(
+            model, execution.precision, execution.reshard_after_forward
+        )
+    prepare_blocks(model, described.blocks, execution)
+    accelerator = _accelerator(kind, start.device, plugins)
     if kind == "fsdp":
         # Cut on the meta device, which Accelerate's own way, of a model and its optimizer, is not for.
         import_module("accelerate.utils").fsdp2_prepare_model(accelerator, model)
         quiet()
-    model.to_empty(device=device)
+    model.to_empty(device=start.device)
     parameters = dict(zip(names, model.parameters(), strict=True))
-    fill_parameters(parameters, rules, seed)
+    fill_parameters(parameters, rules, start.seed)
     described.reset_buffers()
     trained = model if kind == "fsdp" else accelerator.prepare_model(model)
     return ParallelModel(model, trained, parameters, {})

@@ -26,22 +26,21 @@ from torch import Tensor, nn
 from flows.batch import Batch
 from flows.initialise import rules_of
 from flows.objectives.objective import Objective
-from parallel.activation import Recompute, checkpoint_blocks
-from parallel.clock import Clock
 from parallel.engines.deepspeed_config import Json
 from parallel.engines.engine import (
-    OptimizerFactory,
+    Start,
     StepResult,
     T,
     over_microbatches,
     require_fused,
 )
 from parallel.engines.zero import Cut, Holding, Whole
+from parallel.execution import Execution, prepare_blocks
 from parallel.gradients import EPSILON
 from parallel.initialise import fill_parameters
 from parallel.parallelize import FlowModel
 from parallel.pieces import Held
-from parallel.precision import Precision, computing
+from parallel.precision import computing
 
 
 class DeepSpeedEngine:
@@ -51,20 +50,17 @@ class DeepSpeedEngine:
         self,
         inner: Any,
         names: Sequence[str],
-        *,
-        device: torch.device,
-        precision: Precision,
-        compiled: bool,
-        clock: Clock,
+        execution: Execution,
+        start: Start,
     ) -> None:
         """inner: what `deepspeed.initialize` made, of a fused optimizer
 
         names: of the single-device model's parameters, in its order
         """
-        self.device = device
+        self.device = start.device
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self._inner, self._model = inner, inner.module
-        self._clock, self._precision, self._compiled = clock, precision, compiled
+        self._clock, self._execution = start.clock, execution
         self._optimizer: Any = inner.basic_optimizer
         # Wrapping adds prefixes to names but keeps the order of parameters.
         named = dict(zip(names, self._model.parameters(), strict=True))
@@ -75,7 +71,7 @@ class DeepSpeedEngine:
         self._coefficient: Tensor | None = None
         # Whether others may have written weights that the network does not have yet.
         self._written = True
-        self._set_kernels(skip=torch.ones((), device=device))
+        self._set_kernels(skip=torch.ones((), device=self.device))
         self._held.step_on_zeros()
 
     def parameters(self) -> Mapping[str, Held]:
@@ -148,7 +144,7 @@ class DeepSpeedEngine:
         self._written = True
         self._model.eval()
         try:
-            with self._sampling(whole), computing(self._precision, self.device):
+            with self._sampling(whole), computing(self._execution.precision, self.device):
                 return function(self._model)
         finally:
             self._model.train()
@@ -158,7 +154,7 @@ class DeepSpeedEngine:
         return model
 
     def _forward(self, inputs: dict[str, Tensor]) -> Any:
-        with computing(self._precision, self.device):
+        with computing(self._execution.precision, self.device):
             return self._inner(**inputs)
 
     @contextmanager
@@ -181,7 +177,7 @@ class DeepSpeedEngine:
         Samples come in many batch sizes; compiling for each would cost more than it saves.
         """
         with ExitStack() as stack:
-            if self._compiled:
+            if self._execution.compile:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if whole and self._stage == 3:
                 stage3 = import_module("deepspeed.runtime.zero.stage3")
@@ -195,37 +191,27 @@ Initialise = Callable[[Any, torch.optim.Optimizer], Any]
 def build(
     model: nn.Module,
     config: Json,
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    optimizer: OptimizerFactory,
-    clock: Clock,
+    execution: Execution,
+    start: Start,
     initialise: Initialise | None = None,
 ) -> DeepSpeedEngine:
     """The engine of a `FlowModel` on the meta device, drawn from `seed`; a collective.
 
     config: what `deepspeed_config.generate` made
-    optimizer: is given canonical names and parameters; it must make a fused optimizer
     initialise: makes DeepSpeed's engine of a model and its optimizer; None for DeepSpeed's own way
     """
-    deepspeed = load(device)
+    deepspeed = load(start.device)
     described, stage = cast(FlowModel, model), config["zero_optimization"]["stage"]
     rules = rules_of(described)
     names = [name for name, _ in model.named_parameters()]
-    checkpoint_blocks(model, described.blocks, checkpoint_activations)
-    if compile:
-        for block in described.blocks:
-            block.compile(fullgraph=True)
+    prepare_blocks(model, described.blocks, execution)
     # Groups go by shapes, which stage 3 takes away from the parameters.
     before = list(model.parameters())
-    made = require_fused(optimizer(list(zip(names, before, strict=True))))
+    made = require_fused(start.optimizer(list(zip(names, before, strict=True))))
     if stage == 3:
-        _cut_one_by_one(deepspeed, model, config, device)
+        _cut_one_by_one(deepspeed, model, config, start.device)
     else:
-        model.to_empty(device=device)
+        model.to_empty(device=start.device)
     real = dict(zip(map(id, before), model.parameters(), strict=True))
     for group in made.param_groups:
         group["params"] = [real[id(parameter)] for parameter in group["params"]]
@@ -235,10 +221,8 @@ def build(
         )
     else:
         inner = initialise(model, made)
-    engine = DeepSpeedEngine(
-        inner, names, device=device, precision=precision, compiled=compile, clock=clock
-    )
-    fill_parameters(engine.parameters(), rules, seed)
+    engine = DeepSpeedEngine(inner, names, execution, start)
+    fill_parameters(engine.parameters(), rules, start.seed)
     described.reset_buffers()
     return engine
 

@@ -20,6 +20,21 @@ OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimi
 
 
 @dataclass(frozen=True)
+class Start:
+    """What every engine begins with.
+
+    seed: that first weights are drawn from
+    optimizer: is given canonical names and parameters; it must make a fused optimizer, whose kernels leave
+        everything as it is when they are told to skip
+    """
+
+    device: torch.device
+    seed: int
+    optimizer: OptimizerFactory
+    clock: Clock
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one rank saw of one step, before any reduction; nothing here waits for the device.
 

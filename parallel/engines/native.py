@@ -20,21 +20,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flows.batch import Batch
 from flows.objectives.objective import Objective
-from parallel.activation import Recompute
-from parallel.clock import Clock
 from parallel.engines.engine import (
-    OptimizerFactory,
+    Start,
     StepResult,
     T,
     over_microbatches,
     require_fused,
 )
+from parallel.execution import Execution
 from parallel.fsdp import held_whole, release_gathered
 from parallel.gradients import clip_gradients, sum_partial
 from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
 from parallel.parallelize import ParallelModel, parallelize
 from parallel.pieces import Slice
-from parallel.precision import Precision, computing
+from parallel.precision import computing
 
 
 class NativeEngine:
@@ -43,31 +42,24 @@ class NativeEngine:
     def __init__(
         self,
         model: ParallelModel,
+        execution: Execution,
+        start: Start,
         *,
-        device: torch.device,
         data_rank: int,
         data_size: int,
         data_groups: Sequence[ProcessGroup],
         peer_groups: Sequence[ProcessGroup],
-        precision: Precision,
-        compiled: bool,
-        reshard_after_forward: bool,
-        optimizer: OptimizerFactory,
-        clock: Clock,
     ) -> None:
-        """data_groups: the axes along which ranks read different samples, the outermost first
+        """execution: as the model was made
+        data_groups: the axes along which ranks read different samples, the outermost first
         peer_groups: the axes along which they share samples, `tp` the last
-        compiled, reshard_after_forward: as the model was made
-        optimizer: is given canonical names and parameters; it must make a fused optimizer, whose
-            kernels leave everything as it is when they are told to skip
         """
-        self.device = device
+        self.device = start.device
         self.data_rank, self.data_size = data_rank, data_size
-        self._clock, self._precision, self._compiled = clock, precision, compiled
-        self._reshard_after_forward = reshard_after_forward
+        self._clock, self._execution = start.clock, execution
         self._data_groups, self._peer_groups = data_groups, peer_groups
         self._model = model
-        self._optimizer = require_fused(optimizer(list(model.parameters.items())))
+        self._optimizer = require_fused(start.optimizer(list(model.parameters.items())))
         self._create_optimizer_state()
 
     def parameters(self) -> dict[str, Tensor | Slice]:
@@ -134,13 +126,13 @@ class NativeEngine:
     @torch.no_grad()
     def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
         if whole and self._model.single is not None:
-            with computing(self._precision, self.device):
+            with computing(self._execution.precision, self.device):
                 return function(self._model.copy(self.device).eval())
         model = self._model.bare
-        held = held_whole(model, self._reshard_after_forward) if whole else nullcontext()
+        held = held_whole(model, self._execution.reshard_after_forward) if whole else nullcontext()
         model.eval()
         try:
-            with self._sampling_stance(), computing(self._precision, self.device), held:
+            with self._sampling_stance(), computing(self._execution.precision, self.device), held:
                 return function(model)
         finally:
             model.train()
@@ -157,7 +149,7 @@ class NativeEngine:
             sum_partial(partial, self._peer_groups[-1])
 
     def _forward(self, inputs: dict[str, Tensor]) -> Any:
-        with computing(self._precision, self.device):
+        with computing(self._execution.precision, self.device):
             return self._model.trained(**inputs)
 
     def _step_unless(self, skip: Tensor) -> None:
@@ -189,7 +181,9 @@ class NativeEngine:
 
     def _sampling_stance(self) -> AbstractContextManager[object]:
         """Samples come in many batch sizes; compiling for each would cost more than it saves."""
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        return (
+            torch.compiler.set_stance("force_eager") if self._execution.compile else nullcontext()
+        )
 
 
 def _summed(values: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
@@ -203,40 +197,16 @@ def build(
     model: nn.Module,
     layout: Layout,
     mesh: DeviceMesh,
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    compile: bool,
-    reshard_after_forward: bool,
-    offload: bool,
-    optimizer: OptimizerFactory,
-    clock: Clock,
+    execution: Execution,
+    start: Start,
 ) -> NativeEngine:
     """The engine of a `FlowModel` on the meta device, laid over the mesh and drawn from `seed`."""
-    laid_out = parallelize(
-        model,
-        mesh,
-        layout,
-        device=device,
-        seed=seed,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
-        compile=compile,
-        reshard_after_forward=reshard_after_forward,
-        offload=offload,
-    )
     return NativeEngine(
-        laid_out,
-        device=device,
+        parallelize(model, mesh, layout, execution, device=start.device, seed=start.seed),
+        execution,
+        start,
         data_rank=data_rank(mesh),
         data_size=layout.data_size,
         data_groups=groups_along(mesh, DATA_AXES),
         peer_groups=groups_along(mesh, PEER_AXES),
-        precision=precision,
-        compiled=compile,
-        reshard_after_forward=reshard_after_forward,
-        optimizer=optimizer,
-        clock=clock,
     )

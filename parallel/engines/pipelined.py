@@ -11,6 +11,7 @@ experts over `ep`.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,9 @@ from flows.models.routers import is_traced, routing_shape
 from flows.objectives.objective import Objective, Prepared
 from flows.randomness import Draw
 from flows.routed import Mixed, Routed
-from parallel.activation import Recompute
-from parallel.clock import Clock
-from parallel.engines.engine import OptimizerFactory, StepResult, T, require_fused
+from parallel.engines.engine import OptimizerFactory, Start, StepResult, T, require_fused
 from parallel.engines.native import NativeEngine
+from parallel.execution import Execution
 from parallel.gradients import EPSILON, gradient_norm, sum_partial
 from parallel.mesh import DATA_AXES, PEER_AXES, Layout, data_rank, groups_along
 from parallel.parallelize import ParallelModel
@@ -36,23 +36,30 @@ from parallel.pieces import local_part, whole_tensor
 from parallel.pipeline.laid import Pipeline, lay_pipeline
 from parallel.pipeline.runtime import Runtime, silence_schedules
 from parallel.pipeline.schedule import Schedule
-from parallel.precision import Precision, computing
+from parallel.precision import computing
 
 
 class PipelinedEngine(NativeEngine):
     """See `parallel.engines.engine.Engine`."""
 
     def __init__(
-        self, pipeline: Pipeline, schedule: Schedule, layout: Layout, mesh: DeviceMesh, **rest: Any
+        self,
+        pipeline: Pipeline,
+        schedule: Schedule,
+        layout: Layout,
+        mesh: DeviceMesh,
+        execution: Execution,
+        start: Start,
+        **groups: Any,
     ) -> None:
-        """rest: of `NativeEngine`"""
+        """groups: and this rank's place in them, of `NativeEngine`"""
         parts = nn.ModuleList(pipeline.parts.values())
-        rest["optimizer"] = partial(_apart, rest["optimizer"])
+        start = replace(start, optimizer=partial(_apart, start.optimizer))
         divided = pipeline.divided
         laid_out = ParallelModel(
             parts, parts, pipeline.parameters, divided.cuts, divided.partial, pipeline.single
         )
-        super().__init__(laid_out, **rest)
+        super().__init__(laid_out, execution, start, **groups)
         self._pipeline, self._pp = pipeline, mesh.get_group("pp")
         self._cut_over_data = layout.strategy in ("fsdp", "hsdp")
         # Ranks with parts of one sequence average as if they had different samples, as FSDP does.
@@ -110,7 +117,7 @@ class PipelinedEngine(NativeEngine):
     def run(self, function: Callable[[nn.Module], T], *, whole: bool) -> T:
         """The network is put together on every rank meanwhile, whether `whole` is asked for or not."""
         del whole
-        with computing(self._precision, self.device):
+        with computing(self._execution.precision, self.device):
             return function(self._copy().eval())
 
     def outline(self) -> nn.Module:
@@ -249,40 +256,27 @@ def build(
     mesh: DeviceMesh,
     schedule: Schedule,
     costs: Sequence[float],
-    *,
-    device: torch.device,
-    seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
-    optimizer: OptimizerFactory,
-    clock: Clock,
+    execution: Execution,
+    start: Start,
 ) -> PipelinedEngine:
-    """The engine of a model on the meta device that has a chain, cut by the costs of its links."""
+    """The engine of a model on the meta device that has a chain, cut by the costs of its links.
+
+    execution: blocks are not compiled and stay gathered, whatever it says
+    """
     silence_schedules()
+    execution = replace(execution, compile=False, reshard_after_forward=False)
     pipeline = lay_pipeline(
-        model,
-        mesh,
-        layout,
-        schedule,
-        costs,
-        device=device,
-        seed=seed,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
+        model, mesh, layout, schedule, costs, execution, device=start.device, seed=start.seed
     )
     return PipelinedEngine(
         pipeline,
         schedule,
         layout,
         mesh,
-        device=device,
+        execution,
+        start,
         data_rank=data_rank(mesh),
         data_size=layout.data_size,
         data_groups=groups_along(mesh, DATA_AXES),
         peer_groups=groups_along(mesh, ("pp", *PEER_AXES)),
-        precision=precision,
-        compiled=False,
-        reshard_after_forward=False,
-        optimizer=optimizer,
-        clock=clock,
     )

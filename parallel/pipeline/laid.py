@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flows.initialise import rules_of
-from parallel.activation import Recompute, checkpoint_blocks
+from parallel.activation import checkpoint_blocks
+from parallel.execution import Execution
 from parallel.expert import NOTHING, Scattered, expert_mesh, scatter_experts
 from parallel.fsdp import shard_model
 from parallel.initialise import fill_parameters
@@ -54,11 +55,10 @@ def lay_pipeline(
     layout: Layout,
     schedule: Schedule,
     costs: Sequence[float],
+    execution: Execution,
     *,
     device: torch.device,
     seed: int,
-    precision: Precision,
-    checkpoint_activations: Recompute,
 ) -> Pipeline:
     """Cut `model`, on the meta device, by the costs of its links, and draw this rank's weights."""
     rank = mesh.get_local_rank("pp")
@@ -70,9 +70,8 @@ def lay_pipeline(
         layout,
         bounds,
         schedule.local(rank),
-        device=device,
-        precision=precision,
-        checkpoint_activations=checkpoint_activations,
+        execution,
+        device,
     )
     first, *others = stages.parts.values()
     for part in stages.parts.values():
@@ -128,16 +127,15 @@ def lay_out_stages(
     layout: Layout,
     bounds: Bounds,
     stages: Sequence[Held],
-    *,
+    execution: Execution,
     device: torch.device,
-    precision: Precision,
-    checkpoint_activations: Recompute,
 ) -> Stages:
     """What a rank with such stages holds of a model, where that lies: on the meta device before training.
 
     make: gives the model, every time anew
+    execution: blocks are not compiled, and stay gathered between microbatches, which all need them
     """
-    context = partial(computing, precision, device)
+    context = partial(computing, execution.precision, device)
     laid = Stages({}, {}, {}, set())
     experts: dict[Held, Scattered] = {}
     axes = expert_mesh(mesh, layout) if layout.ep > 1 else None
@@ -155,16 +153,15 @@ def lay_out_stages(
     for held, part in laid.parts.items():
         laid.names[held] = [name for name, _ in part.model.named_parameters()]
     for held, part in laid.parts.items():
-        checkpoint_blocks(part.model, part.blocks, checkpoint_activations)
+        checkpoint_blocks(part.model, part.blocks, execution.recompute)
         if layout.strategy in ("fsdp", "hsdp"):
-            _cut_over_data(part, experts[held], mesh, layout, precision)
+            _cut_over_data(part, experts[held], mesh, layout, execution.precision)
     return laid
 
 
 def _cut_over_data(
     part: Part, experts: Scattered, mesh: DeviceMesh, layout: Layout, precision: Precision
 ) -> None:
-    """Blocks stay gathered between microbatches, which all need them."""
     shard_model(
         part,
         part.blocks,

@@ -6,7 +6,7 @@ four ranks hold unequal pieces and some ranks hold nothing.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -26,9 +26,10 @@ from parallel.activation import Recompute
 from parallel.clock import Clock
 from parallel.engines import accelerate, deepspeed, deepspeed_config, native, pipelined
 from parallel.engines.deepspeed import DeepSpeedEngine
-from parallel.engines.engine import Engine, StepResult
+from parallel.engines.engine import Engine, Start, StepResult
 from parallel.engines.native import NativeEngine
 from parallel.engines.pipelined import PipelinedEngine
+from parallel.execution import Execution
 from parallel.mesh import Layout, build_mesh
 from parallel.pieces import FlatPiece, Held, whole_tensor
 from parallel.pipeline.catalog import Words, make_schedule
@@ -42,6 +43,7 @@ CONFIG = DiTConfig(
     image_size=9, channels=1, classes=5, patch=3, width=20, depth=3, heads=2, learn_sigma=False
 )
 CPU = torch.device("cpu")
+PLAIN = Execution("fp32", Recompute(0), compile=False, reshard_after_forward=True, offload=False)
 Network = Callable[[], nn.Module]  # on the meta device
 
 
@@ -126,6 +128,10 @@ def on_meta() -> nn.Module:
         return DiT(CONFIG)
 
 
+def start(seed: int = SEED) -> Start:
+    return Start(CPU, seed, adamw, Clock(CPU))
+
+
 def build(
     layout: Layout,
     *,
@@ -140,15 +146,10 @@ def build(
         network(),
         layout,
         build_mesh(layout, CPU),
-        device=CPU,
-        seed=SEED,
-        precision=precision,
-        checkpoint_activations=Recompute(checkpoint_activations),
-        compile=compile,
-        reshard_after_forward=reshard_after_forward,
-        offload=offload,
-        optimizer=adamw,
-        clock=Clock(CPU),
+        Execution(
+            precision, Recompute(checkpoint_activations), compile, reshard_after_forward, offload
+        ),
+        start(),
     )
 
 
@@ -166,12 +167,8 @@ def build_staged(
             schedule, layout.pp, number, None, Words("schedule", "pp", "batch", "chunks")
         ),
         [1.0] * len(cast(Chained, model).chain().links),
-        device=CPU,
-        seed=SEED,
-        precision="fp32",
-        checkpoint_activations=Recompute(0),
-        optimizer=adamw,
-        clock=Clock(CPU),
+        PLAIN,
+        start(),
     )
 
 
@@ -189,13 +186,8 @@ def build_zero(
     return deepspeed.build(
         network(),
         zero_config(stage, precision, microbatch, offload, json or {}),
-        device=CPU,
-        seed=SEED,
-        precision=precision,
-        checkpoint_activations=Recompute(checkpoint_activations),
-        compile=False,
-        optimizer=adamw,
-        clock=Clock(CPU),
+        replace(PLAIN, precision=precision, recompute=Recompute(checkpoint_activations)),
+        start(),
     )
 
 
@@ -239,14 +231,12 @@ def build_accelerated(
         network(),
         kind,
         zero_config(2, "fp32", GLOBAL_BATCH, False, {}) if kind == "deepspeed" else None,
-        device=CPU,
-        seed=SEED,
-        precision="fp32",
-        checkpoint_activations=Recompute(checkpoint_activations),
-        compile=False,
-        reshard_after_forward=reshard_after_forward,
-        optimizer=adamw,
-        clock=Clock(CPU),
+        replace(
+            PLAIN,
+            recompute=Recompute(checkpoint_activations),
+            reshard_after_forward=reshard_after_forward,
+        ),
+        start(),
     )
 
 

@@ -5,6 +5,7 @@ where the work of a stage is shared in turn.
 Weights are drawn anew, large, so that nothing of a network is zero.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from flows.initialise import Rule
 from parallel import processes
 from parallel.activation import Recompute
-from parallel.clock import Clock
 from parallel.engines import native, pipelined
 from parallel.engines.engine import Engine
 from parallel.initialise import fill_parameters
@@ -102,27 +102,16 @@ def trained(
     )
     with torch.device("meta"):
         network = made.model.build()
-    common: dict[str, Any] = {
-        "device": CPU, "seed": 1, "precision": "fp32", "checkpoint_activations": Recompute(recompute),
-        "optimizer": scenario.adamw, "clock": Clock(CPU),
-    }  # fmt: skip
-    mesh = build_mesh(layout, CPU)
+    mesh, start = build_mesh(layout, CPU), scenario.start(seed=1)
+    execution = replace(scenario.PLAIN, recompute=Recompute(recompute))
     engine: Engine
     if schedule is None:
-        engine = native.build(
-            network,
-            layout,
-            mesh,
-            **common,
-            compile=False,
-            reshard_after_forward=True,
-            offload=False,
-        )
+        engine = native.build(network, layout, mesh, execution, start)
     else:
         number = families.BATCH // layout.data_size // microbatch
         order = make_schedule(schedule, layout.pp, number, None, WORDS)
         costs = chain_costs(recipe, made.model, None)[1]
-        engine = pipelined.build(network, layout, mesh, order, costs, **common)
+        engine = pipelined.build(network, layout, mesh, order, costs, execution, start)
     first = whole(engine)
     rules = {name: Rule.normal(STD) for name in engine.parameters()}
     fill_parameters(engine.parameters(), rules, seed=5)

@@ -4,6 +4,7 @@ For every family, and for options of them that change what is cut. Weights are d
 nothing of a network is zero and whatever one block does wrong is seen in the first loss.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from flows.initialise import Rule
 from parallel import processes
 from parallel.activation import Recompute
-from parallel.clock import Clock
 from parallel.engines import native
 from parallel.engines.native import NativeEngine
 from parallel.initialise import fill_parameters
@@ -102,10 +102,12 @@ def trained(
     with torch.device("meta"):
         model = made.model.build()
     engine = native.build(
-        model, laid, build_mesh(laid, CPU), device=CPU, seed=1, precision="fp32",
-        checkpoint_activations=recompute, compile=compile, reshard_after_forward=True, offload=False,
-        optimizer=scenario.adamw, clock=Clock(CPU),
-    )  # fmt: skip
+        model,
+        laid,
+        build_mesh(laid, CPU),
+        replace(scenario.PLAIN, recompute=recompute, compile=compile),
+        scenario.start(seed=1),
+    )
     first = scenario.whole(engine.parameters())
     rules = {parameter: Rule.normal(STD) for parameter in engine.parameters()}
     fill_parameters(engine.parameters(), rules, seed=5)

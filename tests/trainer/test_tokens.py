@@ -1,5 +1,6 @@
 """Models over tokens are trained, sampled and laid over ranks like any other."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from flows.errors import UserError
 from flows.mixture import to_image, to_tokens
 from parallel.activation import Recompute
-from parallel.clock import Clock
 from parallel.engines import native
 from parallel.mesh import build_mesh, resolve_layout
 from parallel.processes import Ranks
@@ -36,10 +36,12 @@ def curve(strategy: str, ranks: int, folder: str, microbatch: int) -> dict[str, 
     with torch.device("meta"):
         model = made.model.build()
     engine = native.build(
-        model, layout, build_mesh(layout, CPU), device=CPU, seed=1, precision="fp32",
-        checkpoint_activations=Recompute(1), compile=False, reshard_after_forward=True, offload=False,
-        optimizer=scenario.adamw, clock=Clock(CPU),
-    )  # fmt: skip
+        model,
+        layout,
+        build_mesh(layout, CPU),
+        replace(scenario.PLAIN, recompute=Recompute(1)),
+        scenario.start(seed=1),
+    )
     objective, losses = build_discrete(made.recipe), []
     with open_loader(made, engine.data_rank, ranks, CPU) as loader:
         for step in range(3):
