@@ -27,6 +27,7 @@ from flows.models.embeddings import TimeEmbedding, patchify, sincos_positions, u
 from flows.models.mixture import Mixture
 from flows.models.norms import LayerNorm, gated_residual, modulated_norm
 from flows.models.routers import Cell, RouterCell, is_traced, routers_of
+from flows.models.routing_record import RoutingRecord
 from flows.routed import Mixed, Routed, stacked
 
 
@@ -158,14 +159,10 @@ class DiTMoE(nn.Module):
     def chain(self) -> Chain:
         """Its forward, cut between blocks. The condition is computed from t and label.
 
-        With the tokens travel a record of what routers did so far and, from the first block on, the state of
-        recurrent routers. The record is (batch, depth x columns), of each layer what `Routed` has and the
-        penalty; where they are traced, from the first block on, whom the tokens asked for last follows,
-        (batch, tokens x experts).
+        With the tokens travel a `RoutingRecord` and, from the first block on, the state of recurrent routers.
         """
-        config, traced = self.config, is_traced(self)
-        sizes = (config.experts, 1, 1, 1, config.experts**2 if traced else 0, 1)
-        columns = sum(sizes)
+        config = self.config
+        kept = RoutingRecord(config.depth, config.experts, is_traced(self))
 
         def tell(inputs: Mapping[str, Tensor], _: int) -> Told:
             mask = inputs.get("mask") if self.training else None
@@ -177,30 +174,17 @@ class DiTMoE(nn.Module):
 
         def begin(stream: Stream, _: Told) -> Stream:
             tokens = self._tokens(stream[0])
-            shape = len(tokens), config.depth * columns
-            return tokens, tokens.new_zeros(shape, dtype=torch.float32)
+            return tokens, kept.empty(tokens)
 
         def apply(number: int, stream: Stream, told: Told) -> Stream:
             tokens, record, *states = stream
             state = states[0] if states else None
-            before = None
-            if traced and number:  # the first block may be where tokens are divided
-                asked_last = record[:, config.depth * columns :].detach()
-                before = asked_last.unflatten(1, (tokens.shape[1], -1))
+            # The first block may be where tokens are divided, and nobody asked before it.
+            before = kept.asked_last(record, tokens.shape[1]) if number else None
             step = self.blocks[number](
-                tokens,
-                told["condition"],
-                state,
-                told["cell"],
-                told["masks"][number],
-                before,
+                tokens, told["condition"], state, told["cell"], told["masks"][number], before
             )
-            told_by_router = (*step.routed, step.penalty)
-            own = [value.reshape(len(tokens), -1) for value in told_by_router]
-            done, left = number * columns, (config.depth - number - 1) * columns
-            asked = [] if step.asked is None else [step.asked.flatten(1).float()]
-            rest = record[:, done + columns :][:, :left]
-            record = torch.cat((record[:, :done], *own, rest, *asked), 1)
+            record = kept.entered(record, number, step.routed, step.penalty, step.asked)
             return (step.x, record, *((step.state,) if config.recurrent else ()))
 
         def finish(stream: Stream, told: Told) -> Stream:
@@ -210,13 +194,8 @@ class DiTMoE(nn.Module):
             prediction, record = stream
             if not self.training:
                 return prediction
-            layers = record[:, : config.depth * columns].unflatten(1, (config.depth, columns))
-            load, *numbers, flow, _ = layers.detach().split(sizes, -1)
-            dropped, entropy, ties = (number.squeeze(-1) for number in numbers)
-            side = config.experts if traced else 0
-            flow = flow.reshape(*load.shape[:2], side, side)
-            penalty = layers[..., -1].sum(1)
-            return Mixed(prediction, penalty, load, dropped, entropy, ties, flow)
+            penalty, routed = kept.read(record)
+            return Mixed(prediction, penalty, *routed)
 
         blocks = [
             Link(f"blocks.{number}", (f"blocks.{number}.",), partial(apply, number))
