@@ -143,6 +143,11 @@ class Rows:
     def samples(self) -> list[Found]:
         return [sample for sample in self._samples if isinstance(sample, Found)]
 
+    def files(self, chosen: Sequence[int]) -> tuple[list[bytes], list[str]]:
+        """Image files of some rows, and what to call them."""
+        samples = self.samples
+        return [samples[row].image for row in chosen], [samples[row].name for row in chosen]
+
     @property
     def bad(self) -> list[Bad]:
         """The positions whose own sample was replaced."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.faults import Tolerance
-from data_pipeline.loader import texts_in_file_order
+from data_pipeline.file_order import texts_in_file_order
 from trainer.prompts import embed_prompts, text_member
 from trainer.recipe import Recipe
 from trainer.storage import reach_storage

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.faults import PastShard, Tolerance
-from data_pipeline.loader import read_all
+from data_pipeline.file_order import read_all
 from data_pipeline.shards import search
 from trainer.latents import open_reader
 from trainer.recipe import Recipe

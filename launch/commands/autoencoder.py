@@ -36,7 +36,7 @@ def autoencoder(
 
     from data_pipeline.decode.decoder import open_decoder
     from data_pipeline.encoders.fit import fit_autoencoder
-    from data_pipeline.loader import read_all
+    from data_pipeline.file_order import read_all
     from parallel.processes import alone
     from trainer.storage import reach_plain_storage
 

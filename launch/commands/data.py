@@ -155,7 +155,7 @@ def order(
 ) -> None:
     """Which samples each global batch holds, and which rank reads them; nothing is decoded."""
     from data_pipeline.headers import printable
-    from data_pipeline.loader import list_shares
+    from data_pipeline.share import list_shares
     from trainer.assembly import training_stream
     from trainer.recipe import load_recipe
 

@@ -21,7 +21,8 @@ from data_pipeline.faults import (
     read_past,
     write_past,
 )
-from data_pipeline.loader import Loader, read_all
+from data_pipeline.file_order import read_all
+from data_pipeline.loader import Loader
 from data_pipeline.samples import Samples
 from data_pipeline.storage import resolve
 from data_pipeline.stream import open_stream

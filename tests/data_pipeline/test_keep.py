@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from data_pipeline.file_order import read_all
 from data_pipeline.keep import kept_rows
-from data_pipeline.loader import read_all
 from flows.errors import UserError
 from tests.data_pipeline.conftest import grey, write_tar
 from tests.data_pipeline.test_loader import decoder, loader, numbers, stream_of

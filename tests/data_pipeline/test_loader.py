@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
-from data_pipeline.loader import Loader, read_all
+from data_pipeline.loader import Loader
 from data_pipeline.stage import Stopped
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
@@ -311,29 +311,3 @@ def test_keys_name_what_is_read(shards):
     assert sorted(keys) == [f"train-{int(n > 3):02d}/{n:04d}" for n in range(9)]
     labels = stream.read(positions).labels.tolist()
     assert labels == [int(key[-4:]) for key in keys]
-
-
-@pytest.mark.parametrize("limit", [None, 1, 7, 100])
-def test_held_out_samples_come_in_file_order(shards, limit):
-    images, labels = read_all(
-        [shards([4, 0, 5])], decoder(), size=(4, 4), keep={}, classes=10, limit=limit, batch=3
-    )
-    count = min(9, limit or 9)
-    assert images.shape == (count, 1, 4, 4)
-    assert labels.tolist() == list(range(count))
-
-
-def test_held_out_digits_are_not_trained_on():
-    def pixels(split):
-        images, _ = read_all(
-            [f"embedded:digits28/{split}-000000.tar"],
-            decoder(),
-            size=(28, 28),
-            keep={},
-            classes=10,
-            limit=500,
-            batch=64,
-        )
-        return images.flatten(1)
-
-    assert torch.cdist(pixels("train"), pixels("heldout")).min() > 1

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import share_of
 from data_pipeline.mixture import LONGEST_PATTERN, MixedOrder, Mixture, whole_proportions
 from data_pipeline.order import Order
+from data_pipeline.share import share_of
 from flows.errors import UserError
 from tests.data_pipeline.test_loader import loader, numbers, stream_of
 

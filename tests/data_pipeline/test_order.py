@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import share_of
 from data_pipeline.order import Order, fold, permute
+from data_pipeline.share import share_of
 
 sizes = st.lists(st.integers(0, 23), min_size=1, max_size=9).filter(lambda s: sum(s) > 0)
 lanes = st.integers(1, 40)

@@ -6,7 +6,7 @@ from itertools import chain, groupby, pairwise
 
 import pytest
 
-from data_pipeline.loader import share_of
+from data_pipeline.share import share_of
 from tests.data_pipeline.conftest import sample, write_tar
 from tests.trainer.soaked import train_with_kills
 
