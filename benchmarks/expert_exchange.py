@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.experts import CHOSEN, SIZES, Expert, apart, gradient_of
 from flows.errors import UserError
+from flows.models.choice import Routing
 from flows.models.mixture import Mixture
-from flows.models.routers import Routing
 from parallel.engines import deepspeed
 from parallel.expert import expert_mesh, scatter_experts
 from parallel.mesh import build_mesh, resolve_layout

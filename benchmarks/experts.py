@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flows.models.choice import Routing
 from flows.models.mixture import Mixture
-from flows.models.routers import Routing
 from parallel.memory import keep_freed_memory
 
 CHOSEN = 2

@@ -4,17 +4,17 @@ from dataclasses import dataclass, field
 
 from flows.errors import UserError
 from flows.models.adaln import TimeKind
+from flows.models.choice import Balance, Chooser, Gate, Routing
 from flows.models.feedforward import RATIO, FeedForwardKind
 from flows.models.grouped import ALIGNMENT
 from flows.models.refusals import check_heads, check_patches, check_position_table
-from flows.models.routers import Balance, Chooser, Gate, Routing
 
 SHARED_RATIO = 2
 
 
 @dataclass(frozen=True)
 class DiTMoEConfig:
-    """Everything that decides the network's shape and its routing; see `flows.models.routers.Routing`.
+    """Everything that decides the network's shape and its routing; see `flows.models.choice.Routing`.
 
     image_size: side of the square image (or latent) in pixels
     channels: channels of the image

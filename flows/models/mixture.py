@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flows.models.choice import Routing
 from flows.models.feedforward import FeedForwardKind
 from flows.models.grouped import dtype_of_products, grouped_outer, grouped_product
-from flows.models.routers import Cell, Decision, Router, Routing
+from flows.models.routers import Cell, Decision, Router
 
 # (rows (slots, width), counts (experts,) of them) -> (slots, width): what experts do with their rows.
 Compute = Callable[[Tensor, Tensor], Tensor]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flows.models.choice import Routing
 from flows.models.mixture import Experts, Mixture
-from flows.models.routers import RouterCell, Routing, rebalance, softmax
+from flows.models.routers import RouterCell, rebalance, softmax
 
 BATCH, TOKENS, WIDTH, HIDDEN, SHARED = 3, 6, 8, 16, 8
 EXPERTS, CHOSEN, RECURRENT = 5, 2, 8

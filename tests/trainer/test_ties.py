@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.models import routers
-from flows.models.routers import Routing
+from flows.models import choice
+from flows.models.choice import Routing
 from tests.trainer import families, runs, ties
 from tests.trainer.test_expert_law import EXACT, hold
 from trainer import running
@@ -57,7 +57,7 @@ def test_a_place_that_rounding_gives_away_is_found():
         [[[0.6, 0.1, 0.2, 0.1], [0.6 + 1e-7, 0.2, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]]]
     )
     with ties.recorded() as choices:
-        _, routed, _ = routers.tokens_choose(scores, None, Routing(4, 1, capacity=1.0), None)
+        _, routed, _ = choice.tokens_choose(scores, None, Routing(4, 1, capacity=1.0), None)
     assert float(routed.dropped) == 1.0
     (places,) = choices.places
     assert [tie[:3] for tie in places.ties()] == [(0, 0, [0, 1])]

@@ -6,7 +6,7 @@ said by name, with the token and the experts, and is neither averaged away nor t
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flows.models import routers
-from flows.models.routers import TIE
+from flows.models import choice, routers
+from flows.models.choice import TIE
 from parallel import processes
 from tests.trainer import runs
 from trainer.assembly import plan
@@ -142,10 +142,10 @@ def decisions(reference: Path, step: int) -> Choices:
 def recorded() -> Iterator[Choices]:
     """All that routers decide meanwhile."""
     choices = Choices()
-    by_tokens, of_places = routers.tokens_choose, routers._strongest
+    by_tokens, of_places = choice.tokens_choose, choice._strongest
 
     def tokens_choose(
-        scores: Tensor, bias: Tensor | None, routing: routers.Routing, mask: Tensor | None
+        scores: Tensor, bias: Tensor | None, routing: choice.Routing, mask: Tensor | None
     ) -> Any:
         ranked = scores.detach() if bias is None else scores.detach() + bias
         choices.experts.append(Border(ranked - ranked.amin(), routing.chosen))
@@ -156,11 +156,9 @@ def recorded() -> Iterator[Choices]:
         choices.places.append(Border(claims.transpose(1, 2), places))
         return of_places(weight, expert, experts, places)
 
-    replaced: dict[str, Callable[..., Any]] = {
-        "tokens_choose": tokens_choose,
-        "_strongest": strongest,
-    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in replaced.items():
-            patch.setattr(routers, name, function)
+        # Routers know it by a name of their own.
+        patch.setattr(routers, "tokens_choose", tokens_choose)
+        patch.setattr(choice, "tokens_choose", tokens_choose)
+        patch.setattr(choice, "_strongest", strongest)
         yield choices
