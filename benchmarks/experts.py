@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flows.models.choice import Routing
 from flows.models.mixture import Mixture
-from parallel.memory import keep_freed_memory
+from parallel.processes import keep_freed_memory
 
 CHOSEN = 2
 

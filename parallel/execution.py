@@ -11,7 +11,7 @@ from parallel.precision import Precision
 
 @dataclass(frozen=True)
 class Execution:
-    """What decides a step's time and memory, and not which numbers it is to give.
+    """What a step's time and memory hang on; of its numbers, their rounding alone.
 
     recompute: which blocks are computed again in the backward
     compile: whether blocks are, one by one

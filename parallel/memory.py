@@ -1,6 +1,5 @@
-"""Memory of tensors: how much they take, measured from within, and what becomes of it on a CPU."""
+"""How much memory tensors take, measured from within: allocators of CPUs do not tell."""
 
-import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,9 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallel.pieces import Held, local_part
-
-# Parameters of glibc's mallopt, of <malloc.h>.
-TRIM_THRESHOLD, MOST_MAPPINGS = -1, -4
 
 
 class LiveBytes(TorchDispatchMode):
@@ -45,19 +41,6 @@ class LiveBytes(TorchDispatchMode):
                 self._alive.add(storage)
         self.peak = max(self.peak, self.now)
         return results
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory of tensors that are gone, for the tensors to come.
-
-    The C library would give that of large ones back to the system, which clears it for the next ones, in
-    every step. The process stays as large as it was at its largest, as with the allocators of accelerators.
-    Nothing where the C library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MOST_MAPPINGS, 0)  # large blocks are not mapped one by one
-        mallopt(TRIM_THRESHOLD, -1)  # and what is free at the end of memory stays
 
 
 def held_bytes(tensors: Iterable[Held]) -> int:

@@ -5,6 +5,7 @@ MASTER_ADDR and MASTER_PORT; a process that was told nothing is the only one. A 
 single rank too, so that meshes and checkpoints are the same code on one rank and on a thousand.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from flows.errors import UserError
-from parallel.memory import keep_freed_memory
 
 T = TypeVar("T")
 DevicePreference = Literal["auto", "cpu", "cuda"]
+# Parameters of glibc's mallopt, of <malloc.h>.
+TRIM_THRESHOLD, MOST_MAPPINGS = -1, -4
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,19 @@ def choose_device(preference: DevicePreference, local_rank: int) -> torch.device
             f"{count}; start at most {count} ranks on it, or ask for the CPU."
         )
     return torch.device("cuda", local_rank)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of tensors that are gone, for the tensors to come.
+
+    The C library would give that of large ones back to the system, which clears it for the next ones, in
+    every step. The process stays as large as it was at its largest, as with the allocators of accelerators.
+    Nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MOST_MAPPINGS, 0)  # large blocks are not mapped one by one
+        mallopt(TRIM_THRESHOLD, -1)  # and what is free at the end of memory stays
 
 
 def _take_device(preference: DevicePreference, local_rank: int) -> torch.device:

@@ -1,7 +1,5 @@
 """A rank holds what the formulas of `docs/layouts.md` say, measured on real ranks within a tenth."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -194,30 +192,3 @@ def test_other_engines_are_refused():
     chosen = override_recipe(recipe("1", "none"), ["parallel.engine=deepspeed"])
     with pytest.raises(UserError, match=r"parallel\.engine = deepspeed"):
         measure(chosen, 2)
-
-
-FAULTS = """
-import resource, torch
-from parallel.memory import keep_freed_memory
-
-def faults_of_steps():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(4 * 2**20)  # 16 MiB, of 4,096 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-torch.set_num_threads(1)
-before = faults_of_steps()
-keep_freed_memory()
-torch.ones(4 * 2**20)
-print(before, faults_of_steps())
-"""
-
-
-def test_memory_of_tensors_is_taken_again_and_not_asked_for_anew() -> None:
-    """In a process of its own, whose memory nobody else takes."""
-    ran = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60
-    )
-    before, kept = map(int, ran.stdout.split())
-    assert kept * 10 < before  # how many pages there are, the system says

@@ -1,5 +1,8 @@
 """A process finds its place from what the launcher told it, or is told what is missing."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,3 +68,30 @@ def test_each_rank_drives_its_own_accelerator():
     assert processes.choose_device("auto", 0) == torch.device("cuda", 0)
     with pytest.raises(UserError, match="has no CUDA device of its own"):
         processes.choose_device("auto", torch.cuda.device_count())
+
+
+FAULTS = """
+import resource, torch
+from parallel.processes import keep_freed_memory
+
+def faults_of_steps():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(4 * 2**20)  # 16 MiB, of 4,096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+before = faults_of_steps()
+keep_freed_memory()
+torch.ones(4 * 2**20)
+print(before, faults_of_steps())
+"""
+
+
+def test_memory_of_tensors_is_taken_again_and_not_asked_for_anew() -> None:
+    """In a process of its own, whose memory nobody else takes."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=60
+    )
+    before, kept = map(int, ran.stdout.split())
+    assert kept * 10 < before  # how many pages there are, the system says
