@@ -243,6 +243,7 @@ def _shared(
         guidance=_guidance(section),
         tolerance=section.tolerance,
         accuracy=section.accuracy,
+        clamp=section.clamp,
         variance=variance,
     )
     return Shared(held, [choice.strategy for choice in choices])

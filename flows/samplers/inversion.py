@@ -31,6 +31,8 @@ from flows.samplers.inversion_guidance import NO_GUIDANCE, FlowGuidance, guide
 
 # Where a group's iteration starts: at the prior's tokens w, or at zero.
 Guess = Literal["prior", "zero"]
+# Of a token that is not settled; squares of such numbers can still be added up.
+LARGEST = 1e12
 
 
 class AutoregressiveFlow(Protocol):
@@ -264,6 +266,10 @@ class Chain:
                 new = new.clamp_(-clamp, clamp)
             tokens = self.inputs[:, begin + 1 : end + 1]
             settled = _settled(new, tokens, tolerance)
+            # Tokens that are to change may be beyond all bounds yet, and even masked ones would break those
+            # before them: zero times infinity is no number.
+            rest = new[:, settled:]
+            rest.copy_(torch.where(rest.abs() <= LARGEST, rest, tokens[:, settled:]))
             tokens.copy_(new)
             used += 1
             if strategy.iterations is not None:

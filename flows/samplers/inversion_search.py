@@ -56,6 +56,7 @@ def choose_strategy(
     guidance: FlowGuidance = NO_GUIDANCE,
     tolerance: float,
     accuracy: float,
+    clamp: float | None = None,
     seed: int = 0,
     variance: Tensor | None = None,
 ) -> list[Choice]:
@@ -66,7 +67,7 @@ def choose_strategy(
     so far.
 
     batch: samples in a batch, the size that the choice is for
-    label, text, guidance, tolerance: as for `invert`
+    label, text, guidance, tolerance, clamp: as for `invert`
     accuracy: largest error of a block's solution, see `Choice`
     variance: of the prior, as for `prior`
     """
@@ -82,19 +83,26 @@ def choose_strategy(
         tokens = prior(model, seed, samples, variance)
         for module in reversed(model.flow_blocks):
             block = cast(FlowBlock, module)
-            tokens, choice = _choose(block, tokens, told, tolerance, accuracy)
+            tokens, choice = _choose(block, tokens, told, tolerance, accuracy, clamp)
             choices.append(choice)
     return choices
 
 
 def _choose(
-    block: FlowBlock, w: Tensor, told: Told, tolerance: float, accuracy: float
+    block: FlowBlock,
+    w: Tensor,
+    told: Told,
+    tolerance: float,
+    accuracy: float,
+    clamp: float | None,
 ) -> tuple[Tensor, Choice]:
     """The sequential solution of a block, and how to come to it sooner."""
 
     def timed(strategy: Strategy, patience: float) -> tuple[Tensor | None, float]:
         begin = _now(w.device)
-        solved = solve(block, w, told, strategy, tolerance=tolerance, clamp=None, patience=patience)
+        solved = solve(
+            block, w, told, strategy, tolerance=tolerance, clamp=clamp, patience=patience
+        )
         return (None if solved is None else solved[0]), _now(w.device) - begin
 
     # The first time is slower: memory is new.

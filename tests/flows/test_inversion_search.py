@@ -55,6 +55,11 @@ def test_a_flow_that_shifts_nothing_is_solved_in_one_call() -> None:
     assert calls == (1, 1, 1)
 
 
+def test_what_a_clamp_does_to_samples_counts_against_iterating() -> None:
+    choices = choose_strategy(fresh(TARFLOW), 1, tolerance=0.0, accuracy=1e-3, clamp=0.5)
+    assert [choice.strategy for choice in choices] == [SEQUENTIAL] * 3
+
+
 def test_the_guessing_metric_is_the_residual_of_one_update() -> None:
     model, given = disturbed(TARFLOW), inputs(TARFLOW)
     found = difficulties(model, model.tokens(given["x"]), given["label"], norm="frobenius")
