@@ -5,8 +5,9 @@ step 0 that holds weights and averages but no optimizer, from which sampling and
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from trainer.assembly import model_architecture
 from trainer.checkpoints.contents import checkpoint_in, read_tensors
 from trainer.checkpoints.foreign import convert, diffusers_layout, source_named, to_foreign
 from trainer.checkpoints.foreign.files import Weights, read_weights
+from trainer.checkpoints.foreign.source import finite
 from trainer.checkpoints.manifest import damaged_contents, read_manifest
 from trainer.checkpoints.store import save
 from trainer.recipe import Recipe, build_recipe, override_recipe, write_recipe
@@ -44,11 +46,15 @@ PRECISIONS: dict[Precision, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """run: the new run folder; recipe: what is in it; parameters: numbers in its weights"""
+    """run: the new run folder; recipe: what is in it; parameters: numbers in its weights
+
+    assumed: keys of the recipe that neither file nor user told -> their values
+    """
 
     run: RunFolder
     recipe: Recipe
     parameters: int
+    assumed: dict[str, Any] = field(default_factory=dict)
 
 
 def import_run(
@@ -76,14 +82,16 @@ def import_run(
             "weights themselves."
         )
     recipe = _recipe(format_.family, config, format_.recipe(config), run, file.stem)
-    recipe = override_recipe(recipe, rest)
+    recipe = override_new(recipe, rest, run, "--run")
+    _check_same_model(recipe, config, state.keys(), rest)
     tensors = checkpoint_of(recipe, state)
     origin = {"file": str(file.resolve()), "source": source, "weights": weights}
     record = {"step": 0, "science": science(recipe), "imported": origin}
     with locked(run):
         save(run.checkpoints, step=0, tensors=tensors, state=record, keep=1)
         write_recipe(recipe, run.recipe)
-    return Imported(run, recipe, sum(value.numel() for value in state.values()))
+    parameters = sum(value.numel() for value in state.values())
+    return Imported(run, recipe, parameters, _assumed(recipe, format_.assumed, rest))
 
 
 def check_new(folder: Path) -> RunFolder:
@@ -93,6 +101,42 @@ def check_new(folder: Path) -> RunFolder:
         raise UserError(f"{folder} exists already; choose another folder for the new run.")
     check_writable(run)
     return run
+
+
+def override_new(recipe: Recipe, changes: Sequence[str], run: RunFolder, place: str) -> Recipe:
+    """The changed recipe of a run that is made; `place`: where the command takes the folder.
+
+    Raises UserError for a change that is wrong, or that names another folder.
+    """
+    recipe = override_recipe(recipe, list(changes))
+    if recipe.run.dir != str(run.root):
+        raise UserError(
+            f"run.dir = {recipe.run.dir} is not the folder of the new run, {run.root}; drop it, and use "
+            f"{place} to name another."
+        )
+    return recipe
+
+
+def _check_same_model(recipe: Recipe, config: Any, held: Set[str], changes: Sequence[str]) -> None:
+    """UserError where a change asks for another model, or for tensors beside those that are held."""
+    names = _names(recipe)
+    if model_architecture(recipe).config != config or {*names.parameters, *names.buffers} != held:
+        asked = [c for c in changes if re.split(r"[.=]", c)[0] in ("model", "data", "objective")]
+        raise UserError(
+            f"{', '.join(asked)}: this makes another model than that of the file; drop it, or train such a "
+            "model from the beginning."
+        )
+
+
+def _assumed(recipe: Recipe, keys: Sequence[str], changes: Sequence[str]) -> dict[str, Any]:
+    """What the keys (section.key) of the recipe are, without those that a change set."""
+    told = {change.partition("=")[0] for change in changes}
+    sections, found = recipe.model_dump(mode="json"), {}
+    for name in keys:
+        section, _, key = name.partition(".")
+        if not told & {section, name}:
+            found[name] = sections[section][key]
+    return found
 
 
 def _facts(family: Family, changes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -148,9 +192,13 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_of(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors: the weights, and as many averages that begin there."""
+    """The checkpoint's tensors: the weights, and as many averages that begin there.
+
+    Raises UserError for weights that are not finite in float32.
+    """
     names = _names(recipe)
     weights = {f"model.{name}": state[name].float() for name in names.parameters}
+    _check_finite(weights, "in float32, as which weights are kept; take another checkpoint")
     averages = {
         f"ema.{decay}.{name}": weights[f"model.{name}"]
         for decay in recipe.train.ema
@@ -188,22 +236,27 @@ def export_run(
     target: `flowmill` for our own names, a format of `convert`, or `diffusers`
     weights: averaged (with the first decay of the recipe) or raw
 
-    Raises UserError where the run has no such checkpoint, or the format no place for such a model.
+    Raises UserError where the run has no such checkpoint, the format no place for such a model, or
+    numbers are not finite.
     """
     _check_out(out, target)
     run, recipe = open_run(str(folder))
     checkpoint = checkpoint_in(run.root, step)
     state = state_of(checkpoint, recipe, weights)
+    _check_finite(state, f"at {checkpoint}; export another step (--step)")
     state = {
         n: v.to(PRECISIONS[precision]) if v.is_floating_point() else v for n, v in state.items()
     }
     config = model_architecture(recipe).config
+    too_large = f"in {precision}, which has none so large; use --precision fp32"
     if target == DIFFUSERS:
         content, settings = diffusers_layout.export(config, _flow_alone(state))
+        _check_finite(content, too_large)
         _write_folder(out, content, settings)
         return out
     if target != FLOWMILL:
         state = to_foreign(config, _flow_alone(state), target)
+    _check_finite(state, too_large)
     model = json.dumps({"family": recipe.model.family, **_plain(vars(config))})
     about = {"format": "pt", "run": recipe.name, "weights": weights, "model": model}
     _write_file(out, state, about | {"step": str(read_manifest(checkpoint).step)})
@@ -223,6 +276,13 @@ def state_of(checkpoint: Path, recipe: Recipe, weights: Weights) -> dict[str, Te
     names = _names(recipe)
     wanted = {f"{prefix}{name}": name for name in names.parameters}
     return read_tensors(checkpoint, wanted | {f"buffer.{name}": name for name in names.buffers})
+
+
+def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """UserError for the first tensor with an infinity or NaN; `where`: and what to do."""
+    for name, value in state.items():
+        if value.is_floating_point() and not finite(value):
+            raise UserError(f"tensor {name} holds numbers that are not finite {where}.")
 
 
 def _flow_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:

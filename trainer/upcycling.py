@@ -19,8 +19,8 @@ from trainer.checkpoints.contents import checkpoint_in
 from trainer.checkpoints.foreign.files import Weights
 from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.store import save
-from trainer.interchange import Imported, check_new, checkpoint_of, state_of
-from trainer.recipe import Recipe, build_recipe, override_recipe, write_recipe
+from trainer.interchange import Imported, check_new, checkpoint_of, override_new, state_of
+from trainer.recipe import Recipe, build_recipe, write_recipe
 from trainer.run_folder import RunFolder, locked, open_run, science
 
 
@@ -74,7 +74,9 @@ def _recipe(
     if not missing:
         raise UserError("model.experts is not set; say how many, as in model.experts=8.")
     data["model"]["experts"] = 2  # until `changes` say it
-    return override_recipe(build_recipe(data, "the recipe of the mixture"), list(changes))
+    return override_new(
+        build_recipe(data, "the recipe of the mixture"), changes, run, "the argument RUN"
+    )
 
 
 def _check_same(keys: Mapping[str, Any], config: DiTMoEConfig) -> None:

@@ -107,7 +107,7 @@ def inspect_command(
 
 
 def _imported(origin: "dict[str, Any] | None") -> str:
-    return "" if origin is None else f"from {origin['file']}, a {origin['source']} file"
+    return "" if origin is None else f"from {origin['file']} ({origin['source']})"
 
 
 @app.command("diff")
@@ -169,15 +169,18 @@ def import_command(
     run = run or Path("runs") / file.stem
     made = import_run(file, source, run, weights, changes or [])
     if as_json:
-        record = {"run": str(run), "parameters": made.parameters}
+        record = {"run": str(run), "parameters": made.parameters, "assumed": made.assumed}
         typer.echo(json.dumps({**record, "model": made.recipe.model.model_dump(mode="json")}))
         return
-    Console(soft_wrap=True).print(
-        f"{file}: {made.parameters:,} numbers of a {made.recipe.model.family} into {run}; "
-        f"flowmill sample {run}, or flowmill train {made.run.recipe} data.train=SHARDS",
-        highlight=False,
-        markup=False,
-    )
+    lines = [
+        f"{file}: {made.parameters:,} numbers of the family {made.recipe.model.family} into {run}; "
+        f"flowmill sample {run}, or flowmill train {made.run.recipe} data.train=SHARDS"
+    ]
+    lines += [
+        f"assumed: {key} = {value}, which the file does not tell; override it with {key}=..."
+        for key, value in made.assumed.items()
+    ]
+    Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
 
 
 @app.command("upcycle")
@@ -194,7 +197,7 @@ def upcycle_command(
 
     made = upcycle_run(dense, run, changes or [])
     Console(soft_wrap=True).print(
-        f"{dense}: {made.parameters:,} numbers of a {made.recipe.model.family} into {run}; "
+        f"{dense}: {made.parameters:,} numbers of the family {made.recipe.model.family} into {run}; "
         f"flowmill train {made.run.recipe}",
         highlight=False,
         markup=False,

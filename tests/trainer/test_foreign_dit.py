@@ -1,5 +1,7 @@
 """SiT, DiT, REPA and LightningDiT files make models that compute what those programs compute."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +167,27 @@ def test_half_precision_stays_what_it_is() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
+def test_numbers_that_are_not_real_are_refused_in_weights_and_tables() -> None:
+    def kinds(value: Tensor) -> dict[str, Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of quantized tensors, which torch gives up
+            quantized = torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+        return {
+            "qint8": quantized,
+            "complex64": value.to(torch.complex64),
+            "float4_e2m1fn_x2": torch.zeros(value.shape, dtype=torch.uint8).view(
+                torch.float4_e2m1fn_x2
+            ),
+        }
+
+    for name in ("pos_embed", "x_embedder.proj.bias"):
+        for kind, value in kinds(sit()[name]).items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises(UserError, match=rf"tensor {name} .* of the kind {kind},"):
+                    convert(sit() | {name: value}, source="sit", heads=4)
+
+
 def test_published_sizes_say_their_heads() -> None:
     with torch.device("meta"):
         model = DiT(DiTConfig(32, 4, 1000, 2, 1152, 28, 16, learn_sigma=True))
@@ -191,7 +214,7 @@ def test_published_sizes_say_their_heads() -> None:
         (
             lambda s: s | {"blocks.0.attn.extra": torch.ones(1)},
             {"heads": 4},
-            r"tensor blocks\.0\.attn\.extra has no place in a sit file",
+            r"tensor blocks\.0\.attn\.extra has no place in sit files",
         ),
         (
             lambda s: s | {"blocks.1.attn.proj.bias": torch.ones(3)},
@@ -220,7 +243,7 @@ def test_published_sizes_say_their_heads() -> None:
             {},
             r"tensor x_embedder\.proj\.weight is \[64, 16\], and sit has 4 dimensions",
         ),
-        (lambda s: s | {"epoch": 3}, {"heads": 4}, r"epoch is a int and no tensor"),
+        (lambda s: s | {"epoch": 3}, {"heads": 4}, r"epoch \(int\) is no tensor"),
     ],
 )
 def test_what_a_sit_file_may_not_be_is_said(change, facts, sentence) -> None:
@@ -247,6 +270,16 @@ def test_a_lightningdit_with_layer_norms_of_queries_is_refused() -> None:
         convert(state, source="lightningdit")
 
 
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    cosines, norm = "feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight"
+    for width in (20, 96):
+        with pytest.raises(UserError, match=rf"tensor feat_rope\.freqs_cos .* heads of {width}"):
+            convert(lightning() | {cosines: torch.ones(16, width)}, source="lightningdit")
+        plain = {n: v for n, v in lightning().items() if not n.startswith("feat_rope.")}
+        with pytest.raises(UserError, match=rf"q_norm\.weight is that of heads of {width}"):
+            convert(plain | {norm: torch.ones(width)}, source="lightningdit")
+
+
 @pytest.mark.parametrize(
     ("changes", "target", "sentence"),
     [
@@ -262,7 +295,7 @@ def test_a_lightningdit_with_layer_norms_of_queries_is_refused() -> None:
             "lightningdit",
             r"model\.align_depth = 1 has no place",
         ),
-        ({}, "jet", r"a DiTConfig is no model of the family jet"),
+        ({}, "jet", r"DiTConfig is no model of the family jet"),
         ({}, "png", r"there is no format 'png'; use .*sit"),
     ],
 )
@@ -276,6 +309,11 @@ def test_a_model_that_a_format_cannot_hold_is_not_exported(changes, target, sent
 
 def test_an_incomplete_state_is_not_exported() -> None:
     config, ours = convert(sit(), source="sit", heads=4)
+    short = ours | {"blocks.0.attention.qkv.weight": torch.ones(3, 64)}
+    with pytest.raises(UserError, match=r"qkv\.weight is \[3, 64\] .* it is \[192, 64\]"):
+        to_foreign(config, short, "sit")
+    with pytest.raises(UserError, match=r"tensor patches\.weight is \[4\] in the state"):
+        to_foreign(config, ours | {"patches.weight": torch.ones(4)}, "sit")
     del ours["patches.bias"]
     with pytest.raises(UserError, match=r"tensor patches\.bias is missing"):
         to_foreign(config, ours, "sit")

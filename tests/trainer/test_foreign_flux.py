@@ -104,7 +104,12 @@ def test_the_published_size_is_recognised() -> None:
         ({}, {}, r"data\.image_size does not follow .* \(128 for images of 1024 pixels\)"),
         ({}, {"image_size": 8}, r"data\.text\.tokens does not follow .* \(512 for FLUX\.1-dev"),
         ({}, FACTS | {"time": "flow"}, r"model\.time = flow was told, .* say reversed"),
-        ({"extra": torch.ones(1)}, FACTS, "tensor extra has no place in a flux file"),
+        ({"extra": torch.ones(1)}, FACTS, "tensor extra has no place in flux files"),
+        (
+            {"double_blocks.0.img_attn.norm.query_norm.weight": torch.ones(96)},
+            FACTS,
+            r"query_norm\.weight is that of heads of 96, and the model's width of 48",
+        ),
         ({}, FACTS | {"patch": 3, "image_size": 9}, r"img_in\.weight is \[48, 16\]"),
     ],
 )

@@ -271,6 +271,7 @@ def test_half_precision_and_diffusers(tmp_path: Path) -> None:
         (["model.heads=2", "model.colour=red"], "sit", r"model\.colour"),
         (["model.heads=2", "train.batch"], "sit", r"'train\.batch' is not section\.key=value"),
         (["model.heads=2", "train.steps=-1"], "sit", r"train\.steps"),
+        (["model.heads=2", "run.dir=elsewhere"], "sit", r"run\.dir = elsewhere .* use --run to"),
         (["model.heads=2"], "png", "there is no format 'png'"),
         (["model.heads=2"], "dit-moe", r"there is no tensor blocks\.0\.moe\.gate\.weight"),
     ],
@@ -279,6 +280,76 @@ def test_what_cannot_be_imported_leaves_nothing(changes, source, sentence, tmp_p
     file = written(tmp_path, on_digits())
     with pytest.raises(UserError, match=sentence):
         import_run(file, source, tmp_path / "run", None, changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_float32_does_not_have_are_not_imported(tmp_path: Path) -> None:
+    state = on_digits()
+    state["x_embedder.proj.bias"] = torch.full((32,), 1e39, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"patches\.bias holds numbers .* not finite in float32"):
+        import_run(written(tmp_path, state), "sit", tmp_path / "run", None, ["model.heads=2"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_a_precision_does_not_have_are_not_exported(tmp_path: Path) -> None:
+    state = on_digits()
+    state["t_embedder.mlp.0.weight"] = torch.full((32, 256), 6e4)
+    state["x_embedder.proj.bias"] = torch.full((32,), 7e4)
+    folder = tmp_path / "run"
+    import_run(written(tmp_path, state), "sit", folder, None, ["model.heads=2"])
+    out = tmp_path / "out.safetensors"  # a folder, for diffusers
+
+    def export(precision: str, target: str = "flowmill") -> None:
+        export_run(folder, out, target=target, weights="raw", precision=precision, step=None)
+
+    with pytest.raises(UserError, match=r"tensor patches\.bias .* fp16, .* --precision fp32"):
+        export("fp16")
+    checkpoint = checkpoint_in(folder)
+    manifest = read_manifest(checkpoint)
+    held = read_tensors(checkpoint, {name: name for name in manifest.tensors})
+
+    def put(number: float) -> None:
+        held["model.patches.bias"] = torch.full((32,), number)
+        save(checkpoint.parent, step=0, tensors=held, state=manifest.state, keep=1)
+
+    put(0.0)  # the layer after the features of time is refitted, and grows
+    with pytest.raises(UserError, match=r"linear_1\.weight .* fp16, .* --precision fp32"):
+        export("fp16", "diffusers")
+    put(torch.nan)
+    with pytest.raises(
+        UserError, match=r"tensor patches\.bias .* at .*step-.*; export another step"
+    ):
+        export("fp32")
+    assert not out.exists()
+
+
+def flow(folder: Path, *changes: str, source: str = "ml-tarflow"):
+    """Imports a flow, and gives what the command says."""
+    save_file(STATES[source](), folder / "flow.safetensors")
+    told = ["--from", source, *FACTS[source], *changes, "--run", folder / "run"]
+    return run("import", folder / "flow.safetensors", *told)
+
+
+def test_what_a_file_does_not_tell_is_said(tmp_path: Path) -> None:
+    for name, source, noise in (("a", "ml-tarflow", 0.05), ("b", "ml-starflow", 0.3)):
+        (tmp_path / name).mkdir()
+        said = flow(tmp_path / name, source=source).output
+        assert f"assumed: objective.noise = {noise}, which the file does not tell" in said
+    _, recipe = open_run(str(tmp_path / "b" / "run"))
+    assert recipe.model_dump()["sample"]["form"] == "distribution"
+    (tmp_path / "c").mkdir()
+    assert "assumed" not in flow(tmp_path / "c", "objective.noise=0.15").output
+    (tmp_path / "d").mkdir()
+    assert json.loads(flow(tmp_path / "d", "--json").output)["assumed"] == {"objective.noise": 0.05}
+
+
+def test_a_change_of_the_model_is_refused(tmp_path: Path) -> None:
+    told = flow(tmp_path, "objective.dequantisation=variational", "train.batch=8")
+    assert isinstance(told.exception, UserError)
+    sentence = (
+        "objective.dequantisation=variational: this makes another model than that of the file"
+    )
+    assert str(told.exception).startswith(sentence)
     assert not (tmp_path / "run").exists()
 
 
@@ -306,7 +377,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     cases = [
         (out, {"weights": "ema"}, "has no averaged weights"),
         (out, {"target": "png"}, "there is no format 'png'"),
-        (out, {"target": "flux"}, "a DiTConfig is no model of the family mmdit"),
+        (out, {"target": "flux"}, "DiTConfig is no model of the family mmdit"),
         (out, {"step": 7}, "has no checkpoint of step 7; there is 0"),
         (tmp_path / "out.pt", {}, r"out\.pt is not the name of a \.safetensors file"),
         (tmp_path / "no" / "out.safetensors", {}, "there is no folder"),

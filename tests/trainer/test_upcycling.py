@@ -84,6 +84,7 @@ def test_one_expert_becomes_many() -> None:
             r"model\.width = 64 is not that of the dense",
         ),
         ("dit", ["model.experts=4", "model.expert_hidden=64"], r"model\.expert_hidden = 64 is not"),
+        ("dit", ["model.experts=4", "run.dir=other"], r"run\.dir = other is not .* argument RUN"),
         ("lightningdit", ["model.experts=4"], r"model\.norm = rms is no option of the blocks"),
         (
             "dit",

@@ -17,6 +17,7 @@ from trainer.checkpoints.foreign.source import (
     checked_facts,
     configured,
     differs,
+    finite,
 )
 
 SOURCES: dict[str, Source] = {
@@ -32,6 +33,15 @@ SOURCES: dict[str, Source] = {
         flux.FLUX,
         jet.JET,
     )
+}
+
+# What torch computes with, of the kinds a file may hold: no quantized, packed or complex numbers.
+REAL = {
+    torch.bool,
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
 }
 
 
@@ -61,6 +71,7 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
     chosen = source_named(source)
     state = chosen.renamed(_flat(state_dict))
     _check_not_empty(state)
+    _check_kinds(state)
     told = checked_facts(chosen.family, facts)
     contents = Contents(chosen.name, state)
     config = configured(chosen, chosen.read(contents, told), told)
@@ -72,23 +83,24 @@ def convert(state_dict: Mapping[str, Any], *, source: str, **facts: Any) -> Conv
     _check_tensors(chosen, state, expected)
     if strange := [name for name in state if name not in expected | tables]:
         raise UserError(
-            f"tensor {strange[0]} has no place in a {source} file of this model ({len(strange)} such); "
+            f"tensor {strange[0]} has no place in {source} files of this model ({len(strange)} such); "
             "leave it out, or choose the format that wrote the file."
         )
-    _check_tables(chosen, state, tables)
     _check_numbers(state, moves, ours)
+    _check_tables(chosen, state, tables)
     return Converted(config, to_ours(moves, state))
 
 
 def to_foreign(config: Any, state: Mapping[str, Tensor], target: str) -> State:
     """The inverse of `convert`: a state dictionary of ours in the format `target`, tables included.
 
-    Raises UserError where the format has no place for such a model, or a tensor is missing.
+    Raises UserError where the format has no place for such a model, or a tensor is missing or has another
+    shape than the model's.
     """
     chosen = source_named(target)
     if not isinstance(config, chosen.family.config):
         raise UserError(
-            f"a {type(config).__name__} is no model of the family {chosen.family.name}, which "
+            f"{type(config).__name__} is no model of the family {chosen.family.name}, which "
             f"{target} files hold; choose another format."
         )
     chosen.check(config)
@@ -98,6 +110,12 @@ def to_foreign(config: Any, state: Mapping[str, Tensor], target: str) -> State:
             f"tensor {missing[0]} is missing in the state ({len(missing)} such); give the whole "
             "state dictionary of the model."
         )
+    for name, empty in expected.items():
+        if state[name].shape != empty.shape:
+            raise UserError(
+                f"tensor {name} is {list(state[name].shape)} in the state, and in this model it is "
+                f"{list(empty.shape)}; give the state dictionary and the configuration of one model."
+            )
     weights = to_theirs(chosen.moves(config), state)
     dtype = next(iter(weights.values())).dtype
     return weights | {name: value.to(dtype) for name, value in chosen.tables(config).items()}
@@ -115,7 +133,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> State:
     for key, value in tree.items():
         if not isinstance(key, str):
             raise UserError(
-                f"{key!r} is a {type(key).__name__} and no name of a tensor; give the state dictionary "
+                f"{key!r} ({type(key).__name__}) is no name of a tensor; give the state dictionary "
                 "alone."
             )
         nested = isinstance(value, Mapping)
@@ -130,7 +148,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> State:
             flat[name] = _from_numpy(name, value)
         else:
             raise UserError(
-                f"{name} is a {type(value).__name__} and no tensor; give the state dictionary alone."
+                f"{name} ({type(value).__name__}) is no tensor; give the state dictionary alone."
             )
     return flat
 
@@ -157,6 +175,18 @@ def _check_not_empty(state: State) -> None:
         )
 
 
+def _check_kinds(state: State) -> None:
+    """UserError for the first tensor, of weights or a table, whose numbers cannot be computed with."""
+    for name, value in state.items():
+        if value.dtype not in REAL:
+            raise UserError(f"tensor {name} holds {_not_floating(value)}")
+
+
+def _not_floating(value: Tensor) -> str:
+    kind = str(value.dtype).removeprefix("torch.")
+    return f"numbers of the kind {kind}, and weights are floating point; save them as such."
+
+
 def _check_numbers(state: State, moves: Sequence[Move], ours: State) -> None:
     """UserError for the first tensor of weights that does not hold finite floating point numbers."""
     for move in moves:
@@ -165,15 +195,8 @@ def _check_numbers(state: State, moves: Sequence[Move], ours: State) -> None:
         for name in move.theirs:
             value = state[name]
             if not value.is_floating_point():
-                kind = str(value.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"tensor {name} holds numbers of the kind {kind}, and weights are floating point; save "
-                    "them as such."
-                )
-            if value.is_meta:
-                continue
-            # Floats of one byte have no test of their own.
-            if not (value.float() if value.element_size() == 1 else value).isfinite().all():
+                raise UserError(f"tensor {name} holds {_not_floating(value)}")
+            if not value.is_meta and not finite(value):
                 raise UserError(
                     f"tensor {name} holds numbers that are not finite; import another checkpoint, or "
                     "restore the file."
@@ -185,12 +208,12 @@ def _check_tensors(source: Source, state: State, expected: State) -> None:
     for name, empty in expected.items():
         if name not in state:
             raise UserError(
-                f"tensor {name} is missing, which a {source.name} file of this model has; restore the "
+                f"tensor {name} is missing, which {source.name} files of this model have; restore the "
                 "file, or choose the format that wrote it."
             )
         if state[name].shape != empty.shape:
             raise UserError(
-                f"tensor {name} is {list(state[name].shape)}, and in a {source.name} file of this model "
+                f"tensor {name} is {list(state[name].shape)}, and in {source.name} files of this model "
                 f"it is {list(empty.shape)}; choose the format that wrote the file, or tell other facts."
             )
 
@@ -200,6 +223,6 @@ def _check_tables(source: Source, state: State, tables: State) -> None:
     for name, table in tables.items():
         if name in state and differs(table, state[name]):
             raise UserError(
-                f"tensor {name} is not the table that a {source.name} model of this shape computes, and "
+                f"tensor {name} is not the table that {source.name} computes for a model of this shape, and "
                 "a model here has no place for another; this file cannot be imported."
             )

@@ -43,7 +43,7 @@ def export(config: Any, state: Mapping[str, Tensor]) -> Layout:
     if isinstance(config, MMDiTConfig):
         return _export_flux(config, to_foreign(config, state, flux.FLUX.name))
     raise UserError(
-        f"diffusers has no model of the kind of a {type(config).__name__}; export it as flowmill, or in "
+        f"diffusers has no model of the kind of {type(config).__name__}; export it as flowmill, or in "
         "the format of the program it comes from."
     )
 

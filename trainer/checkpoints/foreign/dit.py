@@ -26,7 +26,14 @@ from trainer.checkpoints.foreign.moves import (
     same,
     turned_back,
 )
-from trainer.checkpoints.foreign.source import Contents, Findings, Source, Told, square_side
+from trainer.checkpoints.foreign.source import (
+    Contents,
+    Findings,
+    Source,
+    Told,
+    heads_of,
+    square_side,
+)
 
 PUBLISHED_HEADS = {(width, depth): heads for width, depth, heads in (BIG | BIGGER).values()}
 POSITION = "pos_embed"
@@ -91,9 +98,10 @@ def read_lightning(contents: Contents, told: Told) -> Findings:
             "them; train with use_rmsnorm, as the published models are."
         )
     if COSINES in contents:
-        found["heads"] = width // contents.shape(COSINES, 2)[1]
+        found["heads"] = heads_of(width, contents.shape(COSINES, 2)[1], COSINES)
     elif found["qk_norm"]:
-        found["heads"] = width // contents.shape(f"{first}attn.q_norm.weight", 1)[0]
+        norm = f"{first}attn.q_norm.weight"
+        found["heads"] = heads_of(width, contents.shape(norm, 1)[0], norm)
     return Findings(plain.found | found, plain.usual, plain.hints)
 
 

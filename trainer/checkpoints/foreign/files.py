@@ -64,7 +64,7 @@ def read_weights(path: Path, source: str, weights: Weights | None) -> Mapping[st
         ) from None
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{path}: holds a {type(content).__name__}, not tensors by name; save a state dictionary."
+            f"{path}: holds {type(content).__name__}, not tensors by name; save a state dictionary."
         )
     return _chosen(path, content, weights)
 

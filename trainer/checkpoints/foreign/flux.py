@@ -13,7 +13,14 @@ from flows.errors import UserError
 from flows.models.mmdit_config import MMDiTConfig
 from flows.models.zoo import FAMILIES
 from trainer.checkpoints.foreign.moves import Move, State, changed, linear, same
-from trainer.checkpoints.foreign.source import Contents, Findings, Source, Told, unwrapped
+from trainer.checkpoints.foreign.source import (
+    Contents,
+    Findings,
+    Source,
+    Told,
+    heads_of,
+    unwrapped,
+)
 
 PATCH = 2
 DISTILLED_GUIDANCE = 3.5  # what FLUX.1-dev is told unless somebody says otherwise
@@ -37,7 +44,7 @@ def read(contents: Contents, told: Told) -> Findings:
         "channels": features // patch**2,
         "text_width": contents.shape("txt_in.weight", 2)[1],
         "width": width,
-        "heads": width // contents.shape(head, 1)[0],
+        "heads": heads_of(width, contents.shape(head, 1)[0], head),
         "double_depth": contents.count("double_blocks.{}.img_attn.qkv.weight"),
         "single_depth": contents.count("single_blocks.{}.linear1.weight"),
         "vector_width": contents.shape("vector_in.in_layer.weight", 2)[1],

@@ -35,7 +35,7 @@ class Contents:
         value = self.state.get(name)
         if value is None:
             raise UserError(
-                f"there is no tensor {name}, so these are not the weights of a {self.source} model; "
+                f"there is no tensor {name}, so these are not weights of {self.source}; "
                 f"{self._hint()}."
             )
         if value.ndim != dims:
@@ -99,6 +99,7 @@ class Source:
     check: raises UserError for a configuration of the family that the program has no place for
     recipe: a configuration -> sections of a recipe, but those of model and data
     renamed: a state dictionary as files have it -> under the names that `moves` knows
+    assumed: keys of `recipe` that trainings with the program differ in and no file tells
     """
 
     name: str
@@ -109,6 +110,7 @@ class Source:
     check: Callable[[Any], None]
     recipe: Callable[[Any], dict[str, Any]]
     renamed: Callable[[State], State] = unwrapped
+    assumed: tuple[str, ...] = ()
 
 
 def key_in_recipe(key: str) -> str:
@@ -163,8 +165,8 @@ def configured(source: Source, findings: Findings, told: Told) -> Any:
     if missing := [key for key in (*findings.hints, *needed) if key not in keys]:
         hint = findings.hints.get(missing[0], "as the model was trained")
         raise UserError(
-            f"{key_in_recipe(missing[0])} does not follow from the names and shapes of a {source.name} "
-            f"file; give {key_in_recipe(missing[0])}=..., {hint}."
+            f"{key_in_recipe(missing[0])} does not follow from names and shapes in {source.name} "
+            f"files; give {key_in_recipe(missing[0])}=..., {hint}."
         )
     return source.family.config(**keys)
 
@@ -178,6 +180,23 @@ def square_side(tokens: int, name: str) -> int:
             "be imported."
         )
     return side
+
+
+def heads_of(width: int, head_width: int, name: str) -> int:
+    """Heads of a model; UserError naming the tensor that is as wide as one, if no number of them fits."""
+    if width % head_width:
+        raise UserError(
+            f"tensor {name} is that of heads of {head_width}, and the model's width of {width} is no "
+            "multiple of it; restore the file."
+        )
+    return width // head_width
+
+
+def finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither infinities nor NaN."""
+    # Floats of one byte have no test of their own.
+    tested = value.float() if value.element_size() == 1 else value
+    return bool(tested.isfinite().all())
 
 
 def differs(table: Tensor, value: Tensor) -> bool:

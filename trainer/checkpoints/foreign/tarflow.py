@@ -30,6 +30,7 @@ TEXT_WIDTH, TEXT_TOKENS = 2048, 128  # of the published models: Flan-T5-XL
 ONE_HOT = 1001  # of the published class-conditional models
 LATENT = (4, 32)  # channels and side of the published models' latents
 VARIANCE = "var"
+NOISE = "objective.noise"
 START, TEXT, LABEL, POSITION = "sos_embed", "proj_txt", "class_embed", "pos_embed"
 
 
@@ -281,7 +282,10 @@ def recipe_tarflow(config: TarFlowConfig) -> dict[str, Any]:  # noqa: ARG001
 
 
 def recipe_starflow(config: STARFlowConfig) -> dict[str, Any]:  # noqa: ARG001
-    return {"objective": {"dequantisation": "none", "noise": 0.3, "power": 1e-4}}
+    return {
+        "objective": {"dequantisation": "none", "noise": 0.3, "power": 1e-4},
+        "sample": {"form": "distribution"},
+    }
 
 
 TARFLOW = Source(
@@ -292,6 +296,7 @@ TARFLOW = Source(
     tables_tarflow,
     check_tarflow,
     recipe_tarflow,
+    assumed=(NOISE,),
 )
 STARFLOW = Source(
     "ml-starflow",
@@ -301,4 +306,5 @@ STARFLOW = Source(
     tables_starflow,
     check_starflow,
     recipe_starflow,
+    assumed=(NOISE,),
 )
