@@ -29,6 +29,7 @@ class Boundary:
         if self.mean is None:
             return data * x + (1 - data) * outputs
         noise = (1 - time) ** self.power
-        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device)
-        mean = mean.reshape(1, -1, *(1,) * (x.dim() - 2))
+        # Filled where x is: a tensor of the list would be a copy from the host in every step.
+        one = (1, 1, *(1,) * (x.dim() - 2))
+        mean = torch.cat([x.new_full(one, value) for value in self.mean], dim=1)
         return data * x + noise * (mean - x) + (1 - data - noise) * outputs

@@ -21,7 +21,6 @@ from flows.metrics.frechet import Moments, frechet_distance
 from flows.metrics.kernel import BANDWIDTHS, gaussian_mmd, median_distance, polynomial_mmd
 from flows.metrics.manifold import precision_recall
 from flows.metrics.mixture import gaussian_mixture_bits
-from flows.metrics.shares import in_order, share_of
 from flows.metrics.wasserstein import exact_wasserstein
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
@@ -283,22 +282,6 @@ class TestFeatures:
         near = frechet(extract(stripes + noise), extract(stripes + other))
         far = frechet(extract(stripes + noise), extract(turned + other))
         assert far > 3 * near
-
-
-def test_parts_make_one_ordered_set() -> None:
-    count = 23
-    rows = gaussian(count, 5)
-    for parts in (1, 2, 4):
-        index = torch.cat([share_of(count, part, parts) for part in range(parts)])
-        assert sorted(index.tolist()) == list(range(count))
-        assert torch.equal(in_order(index, rows[index], count), rows)
-    # Parts filled up to one size: some samples twice, some beyond the end.
-    index = torch.cat((torch.arange(count).flip(0), torch.tensor([22, 0, 30])))
-    filled = torch.cat((rows.flip(0), gaussian(3, 5, seed=9)))
-    assert torch.equal(in_order(index, filled, count), rows)
-    keep = torch.arange(count) != 7
-    with pytest.raises(ValueError, match="no part has sample 7 of 23"):
-        in_order(torch.arange(count)[keep], rows[keep], count)
 
 
 def test_bits_of_a_mixture_are_those_of_the_density_it_fits() -> None:
