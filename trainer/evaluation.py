@@ -3,6 +3,7 @@
 Images are (n, channels, height, width) in [-1, 1], labels (n,) int64.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,8 +47,9 @@ class Evaluation:
     bits: Bits | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON, which has no numbers that are not finite: they are None."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, value, to compare with) for a table."""
@@ -71,6 +73,14 @@ class Evaluation:
             ),
             *(self.bits.rows() if self.bits else []),
         ]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure(value: float | None) -> str:

@@ -32,12 +32,15 @@ def judge_run(
         raise UserError(
             "sample.prompts ask for what no held-out image is beside; judge with sample.prompts=null."
         )
+    # Shards that are missing are told of before anything is drawn; held-out ones may be named by hand.
+    first = ranks.rank == 0
+    heldout = read_real(recipe, [recipe.data.heldout], None) if first else None
     trained = load_trained(run, recipe, ranks.device, batch=min(batch, count))
+    sources = [url for url, _ in recipe.data.sources]
+    train = read_real(recipe, sources, read_past(run.shards)) if first else None
     samples = draw_together(trained, count, batch=batch, ranks=ranks)
-    if samples is None:
+    if samples is None or train is None or heldout is None:
         return None
-    train = read_real(recipe, [url for url, _ in recipe.data.sources], read_past(run.shards))
-    heldout = read_real(recipe, [recipe.data.heldout], None)
     objective = measured_objective(recipe)
     bits = None
     if objective is not None:

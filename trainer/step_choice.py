@@ -39,6 +39,10 @@ def choose_times(
             "sample.solver = dopri5 takes steps of its own, so that there are none to choose; use euler, "
             "or drop --optimise-steps"
         )
+    if steps > FINE:
+        raise UserError(
+            f"--optimise-steps {steps}: so many cannot be chosen from a grid of {FINE}; ask for 1 to {FINE}"
+        )
     objective, data = build_flow_matching(recipe), recipe.data
     support = objective.path.support(objective.prediction, sampling=True)
     times = time_grid(FINE, support.low, support.high, 1.0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.launch.conftest import SHORT, Flowmill, Refused
+from trainer import judging
 
 LONGER = (*SHORT, "train.steps=6")
 
@@ -253,7 +254,7 @@ def test_what_a_dry_run_finds_at_once(refused: Refused, flowmill: Flowmill) -> N
     refused(*resume("--dry-run"), says=("none of the 2 checkpoints is whole",))
 
 
-def test_nothing_to_judge_against(refused: Refused) -> None:
+def test_nothing_to_judge_against(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Path("runs/kept/recipe.yaml")
     named = recipe.read_text()
     recipe.write_text(
@@ -263,6 +264,11 @@ def test_nothing_to_judge_against(refused: Refused) -> None:
     wrong = "data.heldout=nowhere/*.tar"
     refused("evaluate", "runs/kept", wrong, says=("nowhere/*.tar", "no shard"))
     recipe.write_text(named.replace("heldout: embedded:digits8/", "heldout: nowhere/"))
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("samples are drawn before the shards are looked for")
+
+    monkeypatch.setattr(judging, "draw_together", too_late)
     refused("evaluate", "runs/kept", says=("nowhere/heldout-000000.tar", "no shard"))
 
 

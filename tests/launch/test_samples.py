@@ -225,9 +225,13 @@ def test_what_cannot_be_written_is_refused(refused: Refused, place: Path) -> Non
     refused(*asked, "5", says=("made/samples.json", "no record of samples"))
 
 
-def test_steps_that_cannot_be_chosen_are_refused(refused: Refused, place: Path) -> None:
+def test_steps_that_cannot_be_chosen_are_refused(
+    refused: Refused, flowmill: Flowmill, place: Path
+) -> None:
     asked = ("sample", "runs/kept", "--optimise-steps")
-    refused(*asked, "101", says=("101 steps cannot be chosen from a grid of 100",))
+    says = ("--optimise-steps 101", "from a grid of 100; ask for 1 to 100")
+    refused(*asked, "101", says=says)
+    assert "trajectories" not in flowmill(*asked, "101").err, "they take long"
     says = ("sample.solver = dopri5", "drop --optimise-steps")
     refused(*asked, "3", "sample.solver=dopri5", says=says)
 

@@ -14,7 +14,7 @@ from flows.errors import UserError
 from flows.models.flow import FlowOutput
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
-from trainer.bits import COMPONENTS, heldout_bits, measured_objective
+from trainer.bits import COMPONENTS, Bits, heldout_bits, measured_objective
 from trainer.distances import Distances, distances
 from trainer.evaluation import Evaluation, class_accuracy, evaluate, train_classifier
 from trainer.recipe import load_recipe
@@ -45,6 +45,15 @@ def real(digits: tuple[Tensor, Tensor]) -> Evaluation:
     images, labels = digits
     train, heldout = (images[:1000], labels[:1000]), (images[1000:1400], labels[1000:1400])
     return evaluate(images[1400:], labels[1400:], train, heldout, NAMES, seed=0)
+
+
+def test_what_is_not_finite_is_null_in_json(real: Evaluation) -> None:
+    broken = Bits(math.nan, math.inf, 1.5, 2, 3, "images", 0.0, None)
+    plain = replace(real, bits=broken).to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["bits"].items() >= {"model": None, "error": None, "mixture": 1.5}.items()
+    assert plain["classes"]["accuracy"] == real.classes.accuracy
+    assert len(plain["distances"]["measures"]) == len(real.distances.measures)
 
 
 def test_real_images_score_as_real_images_do(real: Evaluation) -> None:
