@@ -102,6 +102,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     model = model_architecture(recipe)
     check_layout(recipe, layout, model)
     build_objective(recipe)
+    _check_extras(recipe)
     stream = training_stream(recipe)
     check_latents(recipe, stream.urls)
     if recipe.sample.prompts:
@@ -140,6 +141,16 @@ def _check_trace(recipe: Recipe, network: nn.Module) -> None:
             f"train.trace_experts = {every} counts tokens on their way from layer to layer of experts, and "
             f"this model has {0 if shape is None else shape[0]} of these; set it to 0, or use "
             "model.family=dit_moe with two layers or more."
+        )
+
+
+def _check_extras(recipe: Recipe) -> None:
+    """Raises UserError for an objective that needs beside the images what no shard brings."""
+    objective = recipe.objective
+    if isinstance(objective, ObjectiveSection) and objective.alignment:
+        raise UserError(
+            f"objective.alignment = {objective.alignment:g} needs an encoder's features beside each image, "
+            "which no shards hold; set objective.alignment=0, or train it in Python, as docs/models.md says."
         )
 
 
@@ -303,10 +314,17 @@ def _check_sampling(recipe: Recipe, section: ObjectiveSection) -> None:
 
 
 def build_likelihood(recipe: Recipe, section: LikelihoodSection) -> Likelihood:
-    """The objective of a normalizing flow. Latents have no levels, so nothing fills their bins."""
+    """The objective of a normalizing flow.
+
+    Latents have no levels, so that nothing fills their bins: `uniform`, the default, which the recipes
+    in run folders spell out, is none of them.
+
+    Raises UserError for latents with another dequantisation.
+    """
     pixels = not recipe.data.latents
+    kind = section.dequantisation
     return Likelihood(
-        dequantisation=section.dequantisation if pixels else "none",
+        dequantisation="none" if kind == "uniform" and not pixels else kind,
         levels=Levels(section.levels, section.bins) if pixels else None,
         noise=section.noise,
         power=section.power,

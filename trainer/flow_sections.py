@@ -32,7 +32,8 @@ class LikelihoodSection(AnyObjective):
     )
     dequantisation: Literal["none", "uniform", "variational"] = Field(
         "uniform",
-        description="what fills the bins of pixels, so that a density bounds probabilities",
+        description="what fills the bins of pixels, so that a density bounds probabilities; latents have "
+        "none, and uniform leaves them as they are",
     )
     levels: Annotated[int, Field(ge=2, le=2**16)] = Field(
         256, description="brightnesses of a pixel"

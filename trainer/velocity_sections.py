@@ -108,7 +108,9 @@ class ObjectiveSection(AnyObjective):
     base: BaseSection = BaseSection()
     boundary: BoundarySection = BoundarySection()
     alignment: NotNegative = Field(
-        0.0, description="weight of aligning the model's tokens with features (REPA: 0.5)"
+        0.0,
+        description="weight of aligning tokens with features (REPA: 0.5); in Python alone, for no shards "
+        "hold any",
     )
 
     @property

@@ -238,7 +238,7 @@ class FlowMatching:
 def _features(batch: Batch) -> Tensor:
     if "features" not in batch.extras:
         raise UserError(
-            "objective.alignment needs an encoder's features beside each image, and data.train has none; "
-            "set objective.alignment=0, or add them to the shards."
+            "objective.alignment needs an encoder's features beside each image, and the batch has none; "
+            "set objective.alignment=0, or give them as `features` of its extras."
         )
     return batch.extras["features"]

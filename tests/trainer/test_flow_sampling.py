@@ -7,7 +7,7 @@ from flows.errors import UserError
 from flows.initialise import initialise
 from flows.samplers.inversion import prior
 from tests.trainer import families, runs
-from trainer.assembly import model_architecture
+from trainer.assembly import build_objective, model_architecture, plan
 from trainer.drawing import Shared, draw_samples, find_shared
 from trainer.prior import measured_variance
 from trainer.recipe import load_recipe, override_recipe
@@ -92,6 +92,18 @@ def test_samples_are_denoised_by_the_prior_they_are_drawn_from():
     z = prior(model, recipe.seed, ids, variance)
     torch.testing.assert_close(noisy, model.image(z))
     torch.testing.assert_close(with_denoise(1), model.image(z * (1 - noise**2 / variance)))
+
+
+def test_latents_are_not_dequantised():
+    """By a key that is set: the default is none of them, and stands in every recipe of a run."""
+    uniform = load_recipe("starflow_emoji", [])
+    assert (uniform.objective.dequantisation, build_objective(uniform).dequantisation) == (
+        "uniform",
+        "none",
+    )
+    changes = ["objective.dequantisation=variational", "objective.noise=0"]
+    with pytest.raises(UserError, match="= variational fills the bins of pixels, and latents have"):
+        plan(load_recipe("starflow_emoji", changes), 1)
 
 
 def test_the_prior_is_measured_behind_a_dequantiser():

@@ -68,6 +68,7 @@ def test_the_plan_of_a_bridge_fits_it():
         (["objective.bridge=0.3", "objective.path=gvp"], "objective.bridge is for velocities"),
         (["objective={contrast: 0.1, loss: pseudo_huber}"], "set objective.loss=squared"),
         (["objective.contrast=1"], "objective.contrast = 1 must be below 1"),
+        (["objective.alignment=0.5"], "which no shards hold; set objective.alignment=0"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_rank(changes, message, tmp_path):
