@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli_options import AsJson, Overrides, RecipeArgument
+from launch.console import plain
 
 if TYPE_CHECKING:
     from benchmarks.loader import Comparison
@@ -30,12 +30,12 @@ def loader(
     from benchmarks.loader import compare
     from benchmarks.loader_sides import Setting
 
-    console = Console(stderr=True)
+    console = plain(stderr=True)
     result = compare(
         Setting(batch, workers or os.cpu_count() or 1),
         rounds=rounds,
         resume_samples=resume_samples,
-        note=lambda text: console.print(text, highlight=False, markup=False),
+        note=lambda text: console.print(text, highlight=False),
     )
     if as_json:
         goals = [asdict(goal) | {"met": goal.met} for goal in result.goals]
@@ -70,7 +70,7 @@ def wait(
     for one in found:
         step, longest = (f"{s * 1e3:.1f} ms" for s in (one.step_seconds, one.longest_seconds))
         table.add_row(one.what, step, f"{one.share:.2%} of the time", longest)
-    Console().print(table)
+    plain().print(table)
 
 
 def _print_comparison(result: "Comparison") -> None:
@@ -89,4 +89,4 @@ def _print_comparison(result: "Comparison") -> None:
     for goal in result.goals:
         found = "not measured" if goal.found is None else f"{goal.found:.2f}x"
         goals.add_row(goal.what, f"{goal.wanted:g}x", found, "met" if goal.met else "missed")
-    Console().print(table, goals)
+    plain().print(table, goals)

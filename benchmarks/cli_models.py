@@ -5,11 +5,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli_options import AsJson, run_as_ranks
 from flows.errors import UserError
+from launch.console import plain
 
 if TYPE_CHECKING:
     from benchmarks.sampling import SamplingCost
@@ -30,10 +30,10 @@ def papers(
     if unknown := sorted(set(only or []) - CHECKS.keys()):
         raise UserError(f"there is no check {unknown[0]}; use {', '.join(CHECKS)}.")
     torch.set_num_threads(1)  # of so small a network a second thread only waits
-    console = Console(stderr=True)
+    console = plain(stderr=True)
 
     def note(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
 
     rows = measure(only or list(CHECKS), seed, note)
     if as_json:
@@ -42,7 +42,7 @@ def papers(
     table = Table("paper", "claim", "gate", "measured", "", title=f"eight Gaussians, seed {seed}")
     for row in rows:
         table.add_row(row.paper, row.claim, row.gate, row.measured, "met" if row.met else "missed")
-    Console().print(table)
+    plain().print(table)
 
 
 def sampling(
@@ -71,13 +71,13 @@ def sampling(
     from benchmarks.sampling import measure_run, train_and_measure
     from trainer.recipe import load_recipe
 
-    console = Console(stderr=True)
+    console = plain(stderr=True)
     how = {
         "batches": batch, "rounds": rounds, "patience": patience, "samples": samples, "group": group,
     }  # fmt: skip
 
     def note(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False)
 
     if run is not None:
         result = measure_run(run, note, **how, tolerance=tolerance)
@@ -116,7 +116,7 @@ def _print_sampling(result: "SamplingCost") -> None:
     for goal in result.goals:
         met = "met" if goal.met else "missed"
         goals.add_row(goal.what, f"{goal.wanted:g}x", f"{goal.found:.2f}x", met)
-    Console().print(table, choices, goals)
+    plain().print(table, choices, goals)
 
 
 def experts(
@@ -149,7 +149,7 @@ def experts(
         speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.mixture, one.loop))
         ratios = f"{one.ratio:.2f}x", f"{one.bound:.2f}x", f"{one.difference:.1e}"
         table.add_row(one.size, str(one.experts), *speeds, *ratios)
-    Console().print(table)
+    plain().print(table)
 
 
 def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: bool) -> None:
@@ -178,7 +178,7 @@ def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: b
         table.add_row(
             one.size, str(one.experts), *speeds, f"{one.ratio:.2f}x", f"{one.difference:.1e}"
         )
-    Console().print(table)
+    plain().print(table)
 
 
 def placement(
@@ -211,4 +211,4 @@ def placement(
         met = "met" if one.met else "missed"
         shape = f"{layers} x {count}, {ranks}"
         table.add_row(one.trace, shape, one.method, *hops, hidden, loads, met)
-    Console().print(table)
+    plain().print(table)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli_options import AsJson, Overrides, RecipeArgument, run_as_ranks
+from launch.console import plain
 
 
 def overhead(
@@ -31,7 +31,7 @@ def overhead(
     table.add_row("hand-written loop", f"{result.loop_seconds * 1e3:.2f} ms")
     table.add_row("median of paired ratios", f"{result.ratio:.4f}")
     table.add_row("weights apart after the warm-up", f"{result.weight_difference:.1e}")
-    Console().print(table)
+    plain().print(table)
 
 
 def engines(
@@ -67,7 +67,7 @@ def engines(
         table.add_row(
             row.name, f"{row.seconds * 1e3:.1f} ms", f"{row.speed:.3f}x", row.against, apart
         )
-    Console().print(table)
+    plain().print(table)
 
 
 def step(
@@ -94,7 +94,7 @@ def step(
     table.add_row("step as a fraction of that", f"{result.of_peak:.3f}")
     for kind, share in sorted(result.shares.items(), key=lambda item: -item[1]):
         table.add_row(f"profiled time: {kind}", f"{share:.1%}")
-    Console().print(table)
+    plain().print(table)
 
 
 def memory(
@@ -118,7 +118,7 @@ def memory(
     table = Table("", "MiB", title=title)
     for name in (*HELD, "total"):
         table.add_row(name, f"{getattr(found, name) / 2**20:,.1f}")
-    Console().print(table)
+    plain().print(table)
 
 
 def pipeline(
@@ -171,4 +171,4 @@ def pipeline(
     for number, gain in found.items():
         met = "met" if GAIN[0] <= gain <= GAIN[1] else "missed"
         goal.add_row(str(number), f"{gain:.3f}x", f"{GAIN[0]} to {GAIN[1]}x", met)
-    Console().print(table, goal)
+    plain().print(table, goal)

@@ -14,6 +14,7 @@ from pydantic import Field, create_model
 from flows.errors import UserError
 from flows.models.family import Family
 from flows.models.zoo import FAMILIES, family_of
+from trainer.refusals import shown
 from trainer.section import Section, Text
 
 DEFAULT = "dit"
@@ -28,6 +29,24 @@ class ModelSection(Section):
     def own_keys(self) -> dict[str, Any]:
         """The keys that are given, for the family's configuration."""
         return self.model_dump(exclude={"name", "family"}, exclude_none=True)
+
+    def changed_of_name(self) -> str | None:
+        """What keys that are given make other than the published name says, in a sentence, or None."""
+        if self.name is None:
+            return None
+        family = FAMILIES[self.family]
+        defaults = {field.name: field.default for field in fields(family.config)}
+        named = defaults | dict(family.published[self.name])
+        changed = [
+            f"model.{key} = {shown(value)} and not {shown(named[key])}"
+            for key, value in self.own_keys().items()
+            if value != named[key]
+        ]
+        if not changed:
+            return None
+        return (
+            f"model.name = {self.name} is changed by other keys of the recipe: {', '.join(changed)}"
+        )
 
 
 @lru_cache

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flows.errors import UserError
+from launch.console import plain
 
 EVERYTHING = 100_000  # images held in memory at most
 
@@ -50,7 +50,7 @@ def autoencoder(
         )  # fmt: skip
     finally:
         decoder.close()
-    console = Console(stderr=True, soft_wrap=True)
+    console = plain(stderr=True, soft_wrap=True)
     error = fit_autoencoder(
         images, out, widths=resolutions, channels=channels, steps=steps, batch=batch,
         learning_rate=lr, divergence=divergence, seed=seed, device=alone().device,

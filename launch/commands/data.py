@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from flows.errors import UserError
 from launch.commands.autoencoder import autoencoder
 from launch.commands.encode import encode
 from launch.commands.sample import check_picture
+from launch.console import plain
 
 if TYPE_CHECKING:
     from data_pipeline.verify import Report
@@ -82,7 +82,7 @@ def pack(
     table = Table("shard", "samples", "MB", title=f"{source} in {len(written)} shards")
     for shard in written:
         table.add_row(shard.path, f"{shard.samples:,}", f"{shard.bytes / 1e6:.1f}")
-    Console().print(table)
+    plain().print(table)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def index(pattern: Pattern, as_json: Json = False) -> None:
         table.add_row("shards indexed now", f"{updated.made:,}")
         table.add_row("indexed already", f"{updated.kept:,}")
         table.add_row("problems", f"{len(updated.problems):,}")
-        Console().print(table)
+        plain().print(table)
         _print_problems(updated.problems)
     if updated.problems:
         raise typer.Exit(1)
@@ -183,11 +183,11 @@ def order(
                 "" if rank else f"{one.position:,}", str(rank), Text(" ".join(map(printable, keys)))
             )
         table.add_section()
-    Console().print(table)
+    plain().print(table)
 
 
 def _print_report(pattern: str, report: "Report") -> None:
-    console = Console()
+    console = plain()
     table = Table("what", "value", title=pattern)
     table.add_row("shards", f"{report.shards:,}")
     table.add_row("checksums as in dataset.json", f"{report.checksums:,}")
@@ -213,12 +213,12 @@ def _print_report(pattern: str, report: "Report") -> None:
 
 
 def _print_problems(problems: list[str]) -> None:
-    console = Console()
+    console = plain()
     for problem in problems[:SHOWN_PROBLEMS]:
-        console.print(problem, style="red", markup=False, highlight=False)
+        console.print(problem, style="red", highlight=False)
     if len(problems) > SHOWN_PROBLEMS:
         console.print(f"... and {len(problems) - SHOWN_PROBLEMS} more; --json lists them all")
 
 
 def _print_json(value: object) -> None:
-    Console().print_json(json.dumps(value))
+    plain().print_json(json.dumps(value))

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from flows.errors import UserError
 from trainer.checkpoints.commit import committed
@@ -58,6 +59,7 @@ def demo(
         f"MLflow page        {_mlflow_command(root)}\n"
         "                   then open http://127.0.0.1:5000",
         highlight=False,
+        markup=False,
     )
 
 
@@ -93,7 +95,7 @@ def _flowmill(*arguments: str) -> None:
 
 
 def _show(arguments: tuple[str, ...] | list[str]) -> None:
-    console.print(f"\n[bold cyan]$ flowmill {shlex.join(arguments)}[/]", highlight=False)
+    console.print(f"\n[bold cyan]$ flowmill {escape(shlex.join(arguments))}[/]", highlight=False)
 
 
 def _last_step(run: Path) -> int:

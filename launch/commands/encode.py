@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.errors import UserError
+from launch.console import plain
 from launch.ranks import die_with_parent, joined_by_launcher, place_from_launcher, run_ranks
 
 if TYPE_CHECKING:
@@ -140,13 +140,13 @@ def _work(job: "Job", rank: int, world_size: int) -> None:
     """This rank's shards, with a line about each on stderr: stdout is for the summary."""
     from data_pipeline.encode import encode as run
 
-    console = Console(stderr=True, soft_wrap=True)
+    console = plain(stderr=True, soft_wrap=True)
     shards = len(job.sources[rank::world_size])
 
     def report(name: str, outcome: "Outcome") -> None:
         made, kept = len(outcome.made), len(outcome.kept)
         line = f"rank {rank}: {name}, {made + kept} of {shards} shards ({made} made, {kept} kept)"
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
 
     run(job, rank=rank, ranks=world_size, report=report)
 
@@ -187,7 +187,7 @@ def _print_summary(out: str, encoder: str | None, as_json: bool) -> None:
         text = f"{{member: text.npy, {shape}, encoder: {encoder!r}}}"
         table.add_row("condition on it with", f'data.text="{text}"')
     table.add_row("samples left out", f"{len(dropped):,}")
-    console = Console()
+    console = plain()
     console.print(table)
     for reason in dropped[:SHOWN_DROPPED]:
-        console.print(reason, style="red", markup=False, highlight=False)
+        console.print(reason, style="red", highlight=False)

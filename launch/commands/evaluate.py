@@ -5,7 +5,6 @@ import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.errors import UserError
@@ -16,6 +15,7 @@ from launch.commands.sample import (
     how_drawn,
     how_in_words,
 )
+from launch.console import plain
 from launch.joined import RanksOption, joined, start_ranks
 
 
@@ -50,7 +50,7 @@ def evaluate(
     samples, found = judged
     step, calls = samples.step, samples.mean_calls
     verdict = {**how_drawn(recipe, step, calls), **found.to_dict()}
-    text = json.dumps(verdict)
+    text = json.dumps(verdict, allow_nan=False)
     folder.evaluation.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
@@ -60,4 +60,4 @@ def evaluate(
     table.add_row("network calls a sample", f"{calls:g}", "")
     for row in found.rows():
         table.add_row(*row)
-    Console().print(table)
+    plain().print(table)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from launch.console import plain
 
 if TYPE_CHECKING:
     from trainer.expert_placement import Placing
@@ -59,11 +60,10 @@ def place_command(
     _print(found)
     if written is not None:
         placed, needed = written
-        Console(soft_wrap=True).print(
+        plain(soft_wrap=True).print(
             f"{placed.root} has the experts of {run} so; "
             f"flowmill train {placed.recipe} --ranks {needed} goes on in it.",
             highlight=False,
-            markup=False,
         )
 
 
@@ -78,14 +78,13 @@ def _print(found: "Placing") -> None:
     table.add_row("max/mean load, worst layer", f"{before.worst:.3f}", f"{after.worst:.3f}")
     for layer, pair in enumerate(zip(before.imbalance, after.imbalance, strict=True)):
         table.add_row(f"  layer {layer}", *(f"{value:.3f}" for value in pair))
-    console = Console()
+    console = plain()
     console.print(table)
     how = {"exact": "an integer program", "alternating": "alternating assignment"}
     best = "; nothing as even has fewer hops" if found.placed.proven else ""
     console.print(
         f"Placed by {how[found.placed.method]} ({found.placed.why}){best}.",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 

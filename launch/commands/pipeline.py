@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.errors import UserError
 from launch.commands.sample import check_picture
+from launch.console import plain
 
 if TYPE_CHECKING:
     from flows.models.chain import Chain
@@ -119,7 +119,7 @@ def cut(
             table.add_row(way, str(rank["rank"]), spans, f"{rank['share']:.1%}")
             way = ""
         table.add_section()
-    Console().print(table)
+    plain().print(table)
     for way, found in cuts.items():
         balance = "too few" if found["balance"] is None else f"{found['balance']:.1%} of the ideal"
         typer.echo(f"Cut {way}: {balance}.")
@@ -175,7 +175,7 @@ def _print(timeline: "Timeline") -> None:
             f"{timeline.idle(rank):.1%}",
             f"{timeline.peak_activations[rank]:g}",
         )
-    Console().print(table)
+    plain().print(table)
     typer.echo("A peak of activations is counted in microbatches of one rank's share of the model.")
     if made.directions == 2:
         typer.echo("^ marks the replica that runs from the last rank to the first.")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from flows.errors import UserError
+from launch.console import plain
 from launch.joined import RanksOption, joined, start_ranks
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ SHOWN_BROKEN = 20  # samples named in a line
 RunArgument = Annotated[str, typer.Argument(help="The folder of a run.")]
 SampleOverrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Changes: sample.key=value, seed=value or data.heldout=shards."),
+    typer.Argument(
+        help="Changes: sample.key=value, seed=value, data.heldout=shards, or where "
+        "data.autoencoder or data.text.encoder is now."
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,
@@ -44,7 +47,10 @@ Count = Annotated[
 BatchOption = Annotated[
     int,
     typer.Option(
-        "--batch", min=1, help="Samples in one network call; only rounding depends on it."
+        "--batch",
+        min=1,
+        help="Samples in one network call; rounding depends on it and, where sample.strategy solves for "
+        "tokens in parallel, what lies within sample.tolerance, for a batch settles as a whole.",
     ),
 ]
 Form = Annotated[
@@ -177,7 +183,7 @@ def _reporter(rank: int, what: str) -> Callable[[int, int], None]:
 
     what: is counted
     """
-    console, last = Console(stderr=True, soft_wrap=True), time.monotonic()
+    console, last = plain(stderr=True, soft_wrap=True), time.monotonic()
 
     def report(done: int, of: int) -> None:
         nonlocal last
@@ -192,8 +198,7 @@ def _send(folder: "RunFolder", recipe: "Recipe", picture: Path) -> None:
     """The picture, to MLflow."""
     from trainer.reporting import add_artifact
 
-    note = Console(stderr=True, soft_wrap=True).print
-    add_artifact(folder, recipe, picture, "samples", lambda text: note(text, markup=False))
+    add_artifact(folder, recipe, picture, "samples", plain(stderr=True, soft_wrap=True).print)
 
 
 def _print(
@@ -207,14 +212,14 @@ def _print(
         return
     cost = f" at {calls:g} network calls each" if calls is not None else ""
     kept = f", {result['kept']} of them there already" if result.get("kept") else ""
-    Console(soft_wrap=True).print(
+    plain(soft_wrap=True).print(
         f"{count} samples of step {trained.step} ({how_in_words(recipe)}){cost}{kept}: {place}",
         highlight=False,
     )
     if broken := result["not_finite"]:
         listed = ", ".join(map(str, broken[:SHOWN_BROKEN]))
         rest = f" and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
-        Console(stderr=True, soft_wrap=True).print(
+        plain(stderr=True, soft_wrap=True).print(
             f"not finite, and black as pictures: {len(broken)} of {count} samples, number {listed}{rest}; "
             "leave them out, or see docs/models.md on model.clip",
             highlight=False,

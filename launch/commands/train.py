@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.errors import UserError
+from launch.console import plain
 from launch.progress import ProgressLine
 from launch.ranks import (
     INTERRUPTED,
@@ -21,11 +21,13 @@ from launch.ranks import (
     die_with_parent,
     joined_by_launcher,
     run_ranks,
+    started_by_flowmill,
     world_size_from_launcher,
 )
 
 if TYPE_CHECKING:
     from trainer.dry_run import Check
+    from trainer.recipe import Recipe
 
 
 def train(
@@ -56,6 +58,7 @@ def train(
         raise UserError(
             f"--ranks {ranks} contradicts the launcher, which started {world_size}; leave it out."
         )
+    _warn_of_name(loaded)
     if dry_run:
         _print_checks(check(loaded, world_size), as_json)
     elif joined or world_size == 1:
@@ -81,6 +84,13 @@ def train(
         sys.exit(run_ranks(sys.argv[1:], world_size, Path(loaded.run.dir) / "logs"))
 
 
+def _warn_of_name(recipe: "Recipe") -> None:
+    """A published name whose sizes the recipe changes is not the model that it names."""
+    changed = recipe.model.changed_of_name()
+    if changed and not started_by_flowmill() and os.environ.get("RANK", "0") == "0":
+        plain(stderr=True, soft_wrap=True).print(f"warning: {changed}", highlight=False)
+
+
 def _print_checks(checks: "Sequence[Check]", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks]))
@@ -88,4 +98,4 @@ def _print_checks(checks: "Sequence[Check]", as_json: bool) -> None:
     table = Table("checked", "found", title="ready to train; nothing was started")
     for check in checks:
         table.add_row(check.what, check.found)
-    Console().print(table)
+    plain().print(table)

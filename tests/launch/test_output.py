@@ -14,6 +14,7 @@ import typer
 from launch.cli import app
 from tests.data_pipeline.conftest import grey, sample, write_tar
 from tests.launch.conftest import SHORT, Flowmill, environment
+from trainer.recipe import load_recipe
 
 
 def test_json_of_a_dry_run(flowmill: Flowmill, place: Path) -> None:
@@ -85,6 +86,39 @@ def test_json_of_an_evaluation(flowmill: Flowmill, place: Path) -> None:
     assert result.pop("bits") is None, "a velocity has no likelihood of its own"
     assert all(isinstance(value, (int, float, dict, list, str)) for value in result.values())
     assert json.loads(Path("runs/kept/evaluation.json").read_text()) == result | {"bits": None}
+
+
+def test_brackets_and_colons_of_names_are_printed_as_they_are(
+    flowmill: Flowmill, place: Path
+) -> None:
+    """No markup: neither in lines nor in the titles and cells of tables."""
+    odd = Path("q[/b] [red] :smile:")
+    odd.mkdir(parents=True)
+    Path("runs/kept").rename(odd / "kept")
+    picture = f"{odd}/a[x].png"
+    ended = flowmill("sample", str(odd / "kept"), "--count", "2", "--out", picture)
+    assert (ended.code, ended.out.rstrip().endswith(f": {picture}")) == (0, True)
+    ended = flowmill("evaluate", str(odd / "kept"), "--count", "10")
+    assert ended.code == 0
+    assert f"{odd}/kept, step 4, 10 samples" in " ".join(ended.out.split())
+    Path("a[").mkdir()
+    shard = write_tar(Path("a[/b].tar"), [*sample("0000", 1, 3), *sample("0001", 2, 4)])
+    for command in (("verify", shard), ("pack", shard, "packed[/b]")):
+        ended = flowmill("data", *command)
+        assert (ended.code, "a[/b].tar" in ended.out) == (0, True), ended
+
+
+def test_a_published_name_that_is_changed_is_told_of(flowmill: Flowmill, place: Path) -> None:
+    train = ("train", "starflow_emoji", "run.dir=fresh", "--dry-run")
+    assert flowmill(*train).err == ""
+    said = flowmill(*train, "model.name=STARFlow-3B").err
+    assert said.startswith("warning: model.name = STARFlow-3B is changed by other keys of the rec")
+    assert said.count("\n") == 1
+    assert "model.width = 128 and not 3072" in said
+    assert "model.patch" not in said, "1 by the name, too"
+    own = [f"model.{key}=null" for key in ("width", "layers", "head_width")]
+    recipe = load_recipe("starflow_emoji", ["model.name=STARFlow-3B", *own])
+    assert recipe.model.changed_of_name() is None
 
 
 def test_tables_are_for_people(flowmill: Flowmill, place: Path) -> None:
