@@ -76,11 +76,6 @@ def import_run(
         config, state = convert(content, source=source, **facts)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    if lost := [name for name, value in state.items() if value.is_meta]:
-        raise UserError(
-            f"{file}: the tensor of {lost[0]} was saved without its values (on the meta device); save the "
-            "weights themselves."
-        )
     recipe = _recipe(format_.family, config, format_.recipe(config), run, file.stem)
     recipe = override_new(recipe, rest, run, "--run")
     _check_same_model(recipe, config, state.keys(), rest)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -354,10 +355,22 @@ def test_a_change_of_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_shapes_alone_is_refused(tmp_path: Path) -> None:
-    shapes = {n: v if n == "pos_embed" else v.to("meta") for n, v in on_digits().items()}
-    with pytest.raises(UserError, match="saved without its values"):
-        import_run(written(tmp_path, shapes), "sit", tmp_path / "run", None, ["model.heads=2"])
+    for lost in ("pos_embed", "x_embedder.proj.bias"):
+        shapes = on_digits() | {lost: on_digits()[lost].to("meta")}
+        with pytest.raises(UserError, match=rf"tensor {lost} was saved without its values"):
+            import_run(written(tmp_path, shapes), "sit", tmp_path / "run", None, ["model.heads=2"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantized_table_is_refused_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = torch.quantize_per_tensor(on_digits()["pos_embed"], 0.1, 0, torch.quint8)
+        file = written(tmp_path, on_digits() | {"pos_embed": table})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="tensor pos_embed holds numbers of the kind quint8"):
+            import_run(file, "sit", tmp_path / "run", None, ["model.heads=2"])
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

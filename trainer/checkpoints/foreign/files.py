@@ -66,7 +66,21 @@ def read_weights(path: Path, source: str, weights: Weights | None) -> Mapping[st
         raise UserError(
             f"{path}: holds {type(content).__name__}, not tensors by name; save a state dictionary."
         )
-    return _chosen(path, content, weights)
+    chosen = _chosen(path, content, weights)
+    _check_values(path, chosen)
+    return chosen
+
+
+def _check_values(path: Path, content: Mapping[str, Any]) -> None:
+    """UserError for a tensor, in nested dictionaries too, of which the file has no more than the shape."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _check_values(path, value)
+        elif isinstance(value, torch.Tensor) and value.is_meta:
+            raise UserError(
+                f"{path}: tensor {name} was saved without its values (on the meta device); save the weights "
+                "themselves."
+            )
 
 
 def _read(path: Path, source: str) -> Any:
@@ -165,6 +179,8 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # Of quantized tensors, which are refused in a sentence.
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor|TypedStorage is")
             # Old files are one pickle, in which nothing can be mapped.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
