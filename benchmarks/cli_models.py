@@ -135,25 +135,37 @@ def experts(
         _experts_over_ranks(count, rounds, ranks, as_json=as_json)
         return
 
-    from benchmarks.experts import CHOSEN, SIZES, measure
+    from benchmarks.experts import CHOSEN, GOAL, SIZES, measure
 
     torch.set_num_threads(1)
     found = [measure(size, experts, rounds) for size in SIZES for experts in count]
     if as_json:
-        rows = [asdict(one) | {"ratio": one.ratio, "bound": one.bound} for one in found]
+        rows = [
+            asdict(one) | {"ratio": one.ratio, "bound": one.bound, "met": one.met} for one in found
+        ]
         typer.echo(json.dumps(rows))
         return
-    columns = ("layer of", "experts", "tokens/s", "loop's", "ratio", "products alone", "apart")
+    columns = (
+        "layer of",
+        "experts",
+        "tokens/s",
+        "loop's",
+        "ratio",
+        "goal",
+        "products alone",
+        "apart",
+    )
     table = Table(*columns, title=f"{CHOSEN} experts a token, one thread, median of {rounds}")
     for one in found:
         speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.mixture, one.loop))
-        ratios = f"{one.ratio:.2f}x", f"{one.bound:.2f}x", f"{one.difference:.1e}"
-        table.add_row(one.size, str(one.experts), *speeds, *ratios)
+        met = "" if one.met is None else _met(GOAL, met=one.met)
+        bound, apart = f"{one.bound:.2f}x", f"{one.difference:.1e}"
+        table.add_row(one.size, str(one.experts), *speeds, f"{one.ratio:.2f}x", met, bound, apart)
     plain().print(table)
 
 
 def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: bool) -> None:
-    from benchmarks.expert_exchange import check_installed, check_shares, exchange
+    from benchmarks.expert_exchange import GOAL, check_installed, check_shares, exchange
     from benchmarks.experts import SIZES
     from parallel.processes import start, stop
 
@@ -168,17 +180,20 @@ def _experts_over_ranks(count: list[int], rounds: int, ranks: int, *, as_json: b
     if joined.rank:
         return
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found]))
+        typer.echo(json.dumps([asdict(one) | {"met": one.met} for one in found]))
         return
-    columns = ("layer of", "experts", "tokens/s", "deepspeed.moe's", "ratio", "apart")
+    columns = ("layer of", "experts", "tokens/s", "deepspeed.moe's", "ratio", "goal", "apart")
     title = f"experts over {ranks} ranks, every expert as many tokens, median of {rounds}"
     table = Table(*columns, title=title)
     for one in found:
         speeds = (f"{one.tokens / seconds:,.0f}" for seconds in (one.ours, one.theirs))
-        table.add_row(
-            one.size, str(one.experts), *speeds, f"{one.ratio:.2f}x", f"{one.difference:.1e}"
-        )
+        ratio, met = f"{one.ratio:.2f}x", _met(GOAL, met=one.met)
+        table.add_row(one.size, str(one.experts), *speeds, ratio, met, f"{one.difference:.1e}")
     plain().print(table)
+
+
+def _met(goal: float, *, met: bool) -> str:
+    return f"{goal:g}x {'met' if met else 'missed'}"
 
 
 def placement(

@@ -48,6 +48,11 @@ class Exchanged:
     ratio: float
     difference: float
 
+    @property
+    def met(self) -> bool:
+        """Whether the goal is."""
+        return self.ratio >= GOAL
+
 
 @dataclass(frozen=True)
 class Side:

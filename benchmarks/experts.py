@@ -21,6 +21,7 @@ from flows.models.mixture import Mixture
 from parallel.processes import keep_freed_memory
 
 CHOSEN = 2
+GOAL, GOAL_EXPERTS = 2.0, 16  # of the loop's speed, for a layer of so many
 
 # name: (width, hidden width of an expert, samples, tokens of a sample)
 SIZES = {
@@ -49,6 +50,11 @@ class Measured:
     def ratio(self) -> float:
         """How often the mixture is done while the loop is once."""
         return self.loop / self.mixture
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is, None for a layer that has none."""
+        return self.ratio >= GOAL if self.experts == GOAL_EXPERTS else None
 
     @property
     def bound(self) -> float:
