@@ -165,6 +165,6 @@ def shown(value: Any) -> str:
     """A value for a sentence: as YAML has it, and not too long."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    listed = isinstance(value, list)
+    listed = isinstance(value, list | tuple)
     text = f"[{', '.join(map(shown, value))}]" if listed else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -114,7 +114,7 @@ def test_a_published_name_that_is_changed_is_told_of(flowmill: Flowmill, place: 
     said = flowmill(*train, "model.name=STARFlow-3B").err
     assert said.startswith("warning: model.name = STARFlow-3B is changed by other keys of the rec")
     assert said.count("\n") == 1
-    assert "model.width = 128 and not 3072" in said
+    assert "model.width = 128 and not 3072, model.layers = [1, 1, 1, 3] and not [2, " in said
     assert "model.patch" not in said, "1 by the name, too"
     own = [f"model.{key}=null" for key in ("width", "layers", "head_width")]
     recipe = load_recipe("starflow_emoji", ["model.name=STARFlow-3B", *own])
