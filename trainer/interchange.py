@@ -49,12 +49,14 @@ class Imported:
     """run: the new run folder; recipe: what is in it; parameters: numbers in its weights
 
     assumed: keys of the recipe that neither file nor user told -> their values
+    changed: keys by which it need not begin as the function it was made of, in words
     """
 
     run: RunFolder
     recipe: Recipe
     parameters: int
     assumed: dict[str, Any] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
 
 def import_run(

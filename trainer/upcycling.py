@@ -13,7 +13,7 @@ from flows.errors import UserError
 from flows.models.dit import DiTConfig
 from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.family import DATA_KEYS, parameter_count
-from flows.models.upcycling import mixture_keys, upcycled
+from flows.models.upcycling import changed_from, mixture_keys, upcycled
 from trainer.assembly import model_architecture
 from trainer.checkpoints.contents import checkpoint_in
 from trainer.checkpoints.foreign.files import Weights
@@ -58,7 +58,8 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
     with locked(run):
         save(run.checkpoints, step=0, tensors=checkpoint_of(made, state), state=record, keep=1)
         write_recipe(made, run.recipe)
-    return Imported(run, made, sum(value.numel() for value in state.values()))
+    parameters = sum(value.numel() for value in state.values())
+    return Imported(run, made, parameters, changed=tuple(changed_from(before, config)))
 
 
 def _recipe(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.initialise import Rule, fill_
+from flows.models.choice import expert_places
 from flows.models.dit import DiTConfig
 from flows.models.dit_moe import DiTMoE
 from flows.models.dit_moe_config import DiTMoEConfig
@@ -57,8 +58,19 @@ def mixture_keys(dense: DiTConfig | DiTMoEConfig) -> dict[str, Any]:
                 f"model.experts = {dense.experts}: only a dense network is made a mixture of experts, or one "
                 "with model.experts = 1; choose such a run."
             )
+        if _leaves_out(dense):
+            raise UserError(
+                f"model.capacity = {dense.capacity:g} leaves tokens out, and no mixture leaves out the same; "
+                "choose a run with model.capacity=0."
+            )
+        if dense.gate == "sigmoid" and not dense.renormalise:
+            raise UserError(
+                "model.gate = sigmoid weights the one expert by each token's score, which no mixture begins "
+                "with; choose a run with model.gate=softmax or model.renormalise=true."
+            )
         own = {"expert": dense.expert, "expert_hidden": dense.hidden, "shared_hidden": dense.shared}
-        return keys | own
+        # A weight of one, renormalised or a softmax of one score, is what renormalised weights sum to.
+        return keys | own | {"gate_scale": dense.gate_scale}
     for key, value in PLAIN.items():
         if getattr(dense, key) != value:
             raise UserError(
@@ -66,6 +78,32 @@ def mixture_keys(dense: DiTConfig | DiTMoEConfig) -> dict[str, Any]:
                 f"{value}; a mixture cannot be made of this network."
             )
     return keys | {"expert": "gelu", "expert_hidden": 4 * dense.width, "shared_hidden": 0}
+
+
+def changed_from(dense: DiTConfig | DiTMoEConfig, config: DiTMoEConfig) -> list[str]:
+    """The keys by which a mixture need not begin as the dense network that it is made of, with values.
+
+    It does where every token goes to experts whose weights sum to one, or to the dense network's scale.
+    """
+    found = []
+    scale = dense.gate_scale if isinstance(dense, DiTMoEConfig) else 1.0
+    if config.gate_scale != scale:
+        found.append(f"model.gate_scale = {config.gate_scale:g}")
+    all_chosen = config.chosen == config.experts and config.gate == "softmax"
+    if not config.renormalise and not all_chosen:
+        found.append("model.renormalise = false")
+    if _leaves_out(config):
+        by_tokens = config.chooser == "tokens"
+        found.append(
+            f"model.capacity = {config.capacity:g}" if by_tokens else "model.chooser = experts"
+        )
+    return found
+
+
+def _leaves_out(config: DiTMoEConfig) -> bool:
+    """Whether an expert has places for some tokens of a sample alone."""
+    limited = config.chooser == "experts" or config.capacity > 0
+    return limited and expert_places(config.routing, config.tokens) < config.tokens
 
 
 def upcycled(state: Mapping[str, Tensor], config: DiTMoEConfig, seed: int) -> dict[str, Tensor]:

@@ -196,12 +196,13 @@ def upcycle_command(
     from trainer.upcycling import upcycle_run
 
     made = upcycle_run(dense, run, changes or [])
-    Console(soft_wrap=True).print(
+    lines = [
         f"{dense}: {made.parameters:,} numbers of the family {made.recipe.model.family} into {run}; "
-        f"flowmill train {made.run.recipe}",
-        highlight=False,
-        markup=False,
-    )
+        f"flowmill train {made.run.recipe}"
+    ]
+    if made.changed:
+        lines.append(f"{run} need not begin as {dense} did: {', '.join(made.changed)}.")
+    Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
 
 
 @app.command("export")

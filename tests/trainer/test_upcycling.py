@@ -8,10 +8,11 @@ import torch
 from flows.errors import UserError
 from flows.models.dit_moe import DiTMoE
 from flows.models.dit_moe_config import DiTMoEConfig
-from flows.models.upcycling import upcycled
+from flows.models.upcycling import changed_from, mixture_keys, upcycled
+from launch.cli import main
 from tests.trainer import families, runs
 from trainer.recipe import override_recipe, write_recipe
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, open_run
 from trainer.trained import load_trained
 from trainer.upcycling import upcycle_run
 
@@ -58,20 +59,74 @@ def test_it_trains_from_there_and_experts_part(dense, tmp_path) -> None:
     assert float(last) < 1.5 * float(first)
 
 
-def test_one_expert_becomes_many() -> None:
-    sizes = {
-        "image_size": 8, "channels": 1, "classes": 3, "patch": 4, "width": 16, "depth": 2, "heads": 2,
-        "renormalise": True,
-    }  # fmt: skip
-    one = DiTMoE(DiTMoEConfig(**sizes, experts=1, chosen=1))
+SIZES = {
+    "image_size": 8, "channels": 1, "classes": 3, "patch": 4, "width": 16, "depth": 2, "heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"renormalise": True},
+        {"gate_scale": 2.5},
+        {"gate": "sigmoid", "renormalise": True, "gate_scale": 0.5},
+        {"chooser": "experts"},
+    ],
+)
+def test_one_expert_becomes_many(routing) -> None:
+    one = DiTMoE(DiTMoEConfig(**SIZES, **routing, experts=1, chosen=1))
     generator = torch.Generator().manual_seed(1)
     for weight in one.parameters():
         torch.nn.init.normal_(weight, 0.0, 0.2, generator=generator)
-    many = DiTMoE(DiTMoEConfig(**sizes, experts=8))
+    keys = mixture_keys(one.config) | {"renormalise": True}
+    many = DiTMoE(DiTMoEConfig(**SIZES | keys, experts=8))
+    assert changed_from(one.config, many.config) == []
     many.load_state_dict(upcycled(one.state_dict(), many.config, seed=0))
     x, t, label = inputs()
     label = label % 4
     assert torch.allclose(many.eval()(x, t, label), one.eval()(x, t, label), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("routing", "sentence"),
+    [
+        ({"gate": "sigmoid"}, r"model\.gate = sigmoid weights the one expert"),
+        ({"capacity": 0.5}, r"model\.capacity = 0\.5 leaves tokens out"),
+        ({"capacity": 0.5, "chooser": "experts"}, r"model\.capacity = 0\.5 leaves tokens out"),
+    ],
+)
+def test_one_expert_that_is_no_dense_network_is_refused(routing, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        mixture_keys(DiTMoEConfig(**SIZES, **routing, experts=1, chosen=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("model.gate_scale=2.0", False),
+        ("model.capacity=1.0", False),
+        ("model.capacity=4.0", True),
+        ("model.chooser=experts", False),
+        ("model.renormalise=false", False),
+        ("model.gate=sigmoid", True),
+    ],
+)
+def test_the_command_says_where_the_mixture_begins_as_another(
+    dense, tmp_path, change, same, capsys, monkeypatch
+) -> None:
+    key, _, value = change.partition("=")
+    run = tmp_path / "run"
+    asked = [str(dense), str(run), "model.experts=4", "model.chosen=1", change]
+    monkeypatch.setattr("sys.argv", ["flowmill", "checkpoint", "upcycle", *asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    line = f"{run} need not begin as {dense} did: {key} = {value.removesuffix('.0')}."
+    assert (line in capsys.readouterr().out) != same
+    made = override_recipe(families.recipe("dit", dense), QUIET)
+    expected = network(made, RunFolder(dense))(*inputs())
+    mixture = network(*open_run(str(run))[::-1])(*inputs())
+    assert torch.allclose(mixture, expected, atol=1e-6) == same
 
 
 @pytest.mark.parametrize(
