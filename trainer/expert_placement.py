@@ -17,12 +17,12 @@ import torch
 
 from flows.errors import UserError
 from flows.models.mixture import Mixture, rows_of_experts
-from flows.models.routers import routing_shape
+from flows.models.routers import routers_of, routing_shape
 from parallel.placement.problem import Places, Problem, contiguous, hops, imbalance
 from parallel.placement.solve import Method, Placed, place
 from trainer.assembly import model_architecture
 from trainer.checkpoints.contents import checkpoint_in, read_tensors, whole_manifest
-from trainer.checkpoints.manifest import damaged_contents
+from trainer.checkpoints.manifest import Manifest, damaged_contents
 from trainer.checkpoints.store import save
 from trainer.interchange import check_new
 from trainer.recipe import Recipe, override_recipe, write_recipe
@@ -78,13 +78,16 @@ def place_run(
     """
     run, recipe = open_run(str(folder))
     with torch.device("meta"):
-        shape = routing_shape(model_architecture(recipe).build())
+        model = model_architecture(recipe).build()
+    shape, routers = routing_shape(model), routers_of(model)
     if shape is None:
         raise UserError(
             f"{folder} is a run of the family {recipe.model.family}, which has no experts to place; choose a "
             "run of dit_moe."
         )
-    trace = read_trace(run.routing, *shape, since)
+    routing = routers[0].routing
+    chosen_each = routing.chosen if routing.chooser == "tokens" else None
+    trace = read_trace(run.routing, *shape, since, chosen=chosen_each)
     chosen = recipe.parallel.ep if ranks is None else ranks
     if ranks is None and chosen == 1:
         raise UserError(
@@ -99,6 +102,13 @@ def place_run(
     return Placing(run, recipe, chosen, trace, int(trace.flow.sum()), before, after, placed)
 
 
+def check_write(folder: Path, new: Path, step: int | None) -> None:
+    """Raises UserError where `write_placed` would, before the work of a placement is done."""
+    run, _ = open_run(str(folder))
+    check_new(new)
+    _whole(run, step)
+
+
 def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tuple[RunFolder, int]:
     """A run folder with the checkpoint of `step` (None: the newest) of the run, its experts placed.
 
@@ -107,10 +117,7 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tup
     Raises UserError for a folder that holds something, or a checkpoint that is damaged.
     """
     run, old = check_new(folder), placing.run
-    checkpoint = checkpoint_in(old.root, step)
-    manifest = whole_manifest(checkpoint)
-    if (damage := damaged_contents(checkpoint, manifest, manifest.files)) is not None:
-        raise UserError(f"{damage}; choose another step (--step), or restore it from a copy.")
+    checkpoint, manifest = _whole(old, step)
     order = orders(placing.placed.places)
     tensors = read_tensors(checkpoint, {name: name for name in manifest.tensors})
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
@@ -125,6 +132,15 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tup
                 shutil.copyfile(path, run.root / path.name)
         write_recipe(recipe, run.recipe)
     return run, _fewest_ranks(recipe.parallel)
+
+
+def _whole(run: RunFolder, step: int | None) -> tuple[Path, Manifest]:
+    """The checkpoint of `step` (None: the newest). Raises UserError if there is none, or it is damaged."""
+    checkpoint = checkpoint_in(run.root, step)
+    manifest = whole_manifest(checkpoint)
+    if (damage := damaged_contents(checkpoint, manifest, manifest.files)) is not None:
+        raise UserError(f"{damage}; choose another step (--step), or restore it from a copy.")
+    return checkpoint, manifest
 
 
 def orders(places: Places) -> Places:

@@ -67,10 +67,12 @@ class MetricsLog:
 def read(path: Path) -> list[Record]:
     """Every whole line of a log, in order; [] if there is no file.
 
-    Raises UserError for a line that is not JSON, unless it is the torn last one.
+    Raises UserError for a folder, or a line that is not JSON, unless it is the torn last one.
     """
     if not path.exists():
         return []
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a log; move it away to start a new log.")
     return [record for _, record in _lines(path)]
 
 

@@ -22,6 +22,9 @@ from trainer.routing import RoutingSums
 
 Counts = NDArray[np.int64]
 EXACT = 2**53  # float64 has every whole number up to here
+EXACT_SUMS = 2**24  # and float32, in which a step's slots are added up
+ROUNDING = 1e-4  # of float32 sums above it, in whatever order
+SHOWN = "restore the file, or trace the run anew."
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,16 @@ def traced_line(sums: RoutingSums) -> dict[str, Any] | None:
     return {"load": load.long().tolist(), "flow": flow.long().tolist()}
 
 
-def read_trace(path: Path, layers: int, experts: int, since: int = 0) -> Trace:
+def read_trace(
+    path: Path, layers: int, experts: int, since: int = 0, *, chosen: int | None
+) -> Trace:
     """The trace of a run with so many layers of so many experts, of the steps after `since`.
 
+    chosen: experts that each token asks for; None where experts choose, so that tokens have any number
+
     Raises UserError if there is none, if it is of another network, or if it is damaged: counts are whole
-    numbers that float64 adds up exactly, and a step is there once, since a run that goes on cuts its trace.
+    numbers that float64 adds up exactly and that agree with each other, and a step is there once, since a
+    run that goes on cuts its trace.
     """
     lines = _numbered(path, since)
     if not lines:
@@ -61,10 +69,11 @@ def read_trace(path: Path, layers: int, experts: int, since: int = 0) -> Trace:
         )
     shapes = {"load": (layers, experts), "flow": (layers - 1, experts, experts)}
     load, flow = (_summed(path, lines, key, shape) for key, shape in shapes.items())
+    for number, line in lines.items():
+        if (wrong := _contradiction(np.array(line["load"]), line["flow"], chosen)) is not None:
+            raise UserError(f"{path}, line {number}: step {line['step']} has {wrong}; {SHOWN}")
     if not load.any():
-        raise UserError(
-            f"{path} counts no token: all loads are 0; restore the file, or trace the run anew."
-        )
+        raise UserError(f"{path} counts no token: all loads are 0; {SHOWN}")
     return Trace(tuple(line["step"] for line in lines.values()), load, flow)
 
 
@@ -74,10 +83,9 @@ def _numbered(path: Path, since: int) -> dict[int, dict[str, Any]]:
     steps: dict[int, int] = {}
     for number, line in enumerate(metrics_log.read(path), start=1):
         step = line["step"]
-        if type(step) is not int:
+        if type(step) is not int or step < 0:
             raise UserError(
-                f"{path}, line {number}: `step` is not a whole number; restore the file, or trace the "
-                "run anew."
+                f"{path}, line {number}: `step` is not a whole number from 0 on; {SHOWN}"
             )
         if step in steps:
             raise UserError(
@@ -88,6 +96,36 @@ def _numbered(path: Path, since: int) -> dict[int, dict[str, Any]]:
         if step > since:
             found[number] = line
     return found
+
+
+def _contradiction(load: Counts, flow: Any, chosen: int | None) -> str | None:
+    """What two counts of one step say against each other, in words.
+
+    Slots are counted as they are asked for, whether they are dropped or not: every layer has as many, and a
+    token that asks for an expert asks for `chosen` of the layer after and of the layer before.
+    """
+    totals: list[int] = load.sum(1).tolist()
+    for layer, total in enumerate(totals):
+        if not _alike(total, totals[0]):
+            return f"{total:,} slots in layer {layer} and {totals[0]:,} in layer 0 in its `load`"
+    if chosen is None:
+        return None
+    for layer, pairs in enumerate(flow):
+        counts = np.array(pairs)
+        for side, at, summed in ((layer, "from", counts.sum(1)), (layer + 1, "to", counts.sum(0))):
+            for expert, found in enumerate(summed.tolist()):
+                wanted = chosen * int(load[side, expert])
+                if not _alike(found, wanted):
+                    return (
+                        f"{found:,} pairs {at} expert {expert} of layer {side} in its `flow`, where its "
+                        f"`load` and {chosen} experts a token make {wanted:,}"
+                    )
+    return None
+
+
+def _alike(one: int, other: int) -> bool:
+    most = max(one, other)
+    return abs(one - other) <= (ROUNDING * most if most > EXACT_SUMS else 0)
 
 
 def _summed(
@@ -101,8 +139,7 @@ def _summed(
             raise UserError(
                 f"{path}, line {number}: `{key}` of step {line['step']} is not "
                 f"{' x '.join(map(str, shape))} counts, as the run's recipe has layers and experts, each a "
-                "whole number from 0 on and all lines together below 2^53; restore the file, or trace "
-                "the run anew."
+                f"whole number from 0 on and all lines together below 2^53; {SHOWN}"
             )
         total += counts.astype(np.int64)
     return total

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from flows.errors import UserError
 from launch.console import plain
 
 if TYPE_CHECKING:
@@ -50,8 +51,15 @@ def place_command(
 ) -> None:
     """Fewer tokens that change ranks from layer to layer, on ranks with equal loads: before and after."""
     # torch takes seconds to import: `flowmill --help` should not.
-    from trainer.expert_placement import place_run, write_placed
+    from trainer.expert_placement import check_write, place_run, write_placed
 
+    if write is not None:
+        check_write(run, write, step)
+    elif step is not None:
+        raise UserError(
+            f"--step {step} says which checkpoint is rewritten, and nothing is without --write; add --write, "
+            "or drop --step."
+        )
     found = place_run(run, ranks=ranks, method=method, limit=limit, since=since, seconds=seconds)
     written = None if write is None else write_placed(found, write, step)
     if as_json:

@@ -241,6 +241,13 @@ def test_runs_without_experts_or_trace_are_refused(traced, tmp_path) -> None:
         ("load", 10**30, "`load` of step 4 is not 3 x 8 counts"),
         ("load", [1], "`load` of step 4 is not 3 x 8 counts"),
         ("step", 2, "step 2 is there already, in line 1"),
+        ("load", 0, "step 4 has [\\d,]+ slots in layer 1 and [\\d,]+ in layer 0"),
+        (
+            "flow",
+            999,
+            "step 4 has [\\d,]+ pairs from expert 0 of layer 0 in its `flow`, where its `load`",
+        ),
+        ("step", -4, "`step` is not a whole number from 0 on"),
         ("step", 4.5, "`step` is not a whole number"),
         ("step", "Infinity", "is not a step's record"),
     ],
@@ -251,6 +258,8 @@ def test_a_damaged_trace_is_refused(traced, tmp_path, key, value, sentence) -> N
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     if key == "step":
         lines[1]["step"] = value
+    elif key == "flow":
+        lines[1]["flow"][0][0] = [value] * EXPERTS
     else:
         lines[1][key][0][3] = value
     trace.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -265,6 +274,42 @@ def test_a_trace_without_tokens_is_refused(traced, tmp_path) -> None:
     (tmp_path / "run" / "routing.jsonl").write_text(f"{json.dumps(line)}\n")
     with pytest.raises(UserError, match="counts no token"):
         placing(tmp_path / "run")
+
+
+def test_a_trace_that_is_a_folder_is_refused(traced, tmp_path) -> None:
+    shutil.copytree(traced["swiglu"], tmp_path / "run")
+    (tmp_path / "run" / "routing.jsonl").unlink()
+    (tmp_path / "run" / "routing.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"routing\.jsonl is a folder"):
+        placing(tmp_path / "run")
+
+
+def test_where_experts_choose_tokens_have_any_number_of_them(tmp_path) -> None:
+    chosen = recipe(tmp_path / "run", "model.chooser=experts", "model.bias_rate=0", "train.steps=4")
+    assert runs.train_here(chosen).finished
+    assert placing(tmp_path / "run").pairs > 0
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(traced, tmp_path, capsys, monkeypatch):
+    shutil.copytree(traced["swiglu"], tmp_path / "run")
+    (tmp_path / "run" / "routing.jsonl").unlink()  # the work would refuse that
+
+    for options, sentence in (
+        (["--write", str(traced["gelu"])], "exists already"),
+        (
+            ["--write", str(tmp_path / "new"), "--step", "7"],
+            "has no checkpoint of step 7; there is 8.",
+        ),
+        (["--step", "8"], "--step 8 says which checkpoint is rewritten"),
+    ):
+        monkeypatch.setattr(
+            "sys.argv", ["flowmill", "experts", "place", str(tmp_path / "run"), *options]
+        )
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written(traced, placings) -> None:
