@@ -118,10 +118,9 @@ def _check_ep(strategy: str, ranks: int, ep: int) -> None:
             f"parallel.strategy = {strategy} cuts none; use fsdp or hsdp."
         )
     if ranks % ep:
-        fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise UserError(
             f"parallel.ep = {ep} does not divide the {_ranks(ranks)} that one copy of the model is cut over "
-            f"(parallel.shard x parallel.cp); it may be {fits}."
+            f"(parallel.shard x parallel.cp); it may be {divisors(ranks)}."
         )
 
 
