@@ -137,28 +137,23 @@ def pipeline(
     as_json: AsJson = False,
 ) -> None:
     """Pipeline schedules on real ranks whose work is a sleep: how long they wait, and what was predicted."""
-    from benchmarks.pipeline import GAIN, WORDS, gains, measure
-    from parallel.pipeline.catalog import NAMES, make_schedule
+    from benchmarks.pipeline import GAIN, gains, measure, sides_of
     from parallel.processes import start, stop
 
-    microbatches, names = microbatches or [4, 8], only or list(NAMES)
-    for number in microbatches:  # refused before ranks start
-        for name in names:
-            if name != "dualpipev":
-                make_schedule(name, ranks, number, None, WORDS)
+    sides = sides_of(only, ranks, microbatches or [4, 8])  # refused before ranks start
     run_as_ranks(ranks)
 
     joined = start("cpu", 120.0)
     try:
-        rows = measure(joined, names, microbatches, milliseconds / 1e3, rounds)
+        rows = measure(joined, sides, milliseconds / 1e3, rounds)
     finally:
         stop()
     if not joined.is_first:
         return
     found = gains(rows)
     if as_json:
-        sides = [asdict(row) | {"met": row.met} for row in rows]
-        typer.echo(json.dumps({"rows": sides, "gains": found}))
+        told = [asdict(row) | {"met": row.met} for row in rows]
+        typer.echo(json.dumps({"rows": told, "gains": found}))
         return
     title = (
         f"{ranks} ranks, {milliseconds:g} ms a forward of a rank's share, best of {rounds} steps"
@@ -171,4 +166,4 @@ def pipeline(
     for number, gain in found.items():
         met = "met" if GAIN[0] <= gain <= GAIN[1] else "missed"
         goal.add_row(str(number), f"{gain:.3f}x", f"{GAIN[0]} to {GAIN[1]}x", met)
-    plain().print(table, goal)
+    plain().print(table, *([goal] if found else []))

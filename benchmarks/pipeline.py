@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from parallel.pipeline.catalog import Words, make_schedule
+from parallel.pipeline.catalog import NAMES, Words, make_schedule
 from parallel.pipeline.deferred import KeepBack
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
@@ -118,22 +118,39 @@ def _at_once(work: Callable[[], None]) -> None:
     work()
 
 
+def sides_of(
+    names: Sequence[str] | None, ranks: int, microbatches: Sequence[int]
+) -> list[tuple[str, int]]:
+    """Schedules and microbatches to measure; where none is named, all that have enough of them.
+
+    Raises UserError for what a schedule that is named cannot do.
+    """
+    sides = [
+        (name, number)
+        for number in microbatches
+        for name in names or NAMES
+        if names or name != "dualpipev" or number >= 2 * ranks
+    ]
+    for name, number in sides:
+        make_schedule(name, ranks, number, None, WORDS)
+    return sides
+
+
 def measure(
-    ranks: Ranks, names: Sequence[str], microbatches: Sequence[int], seconds: float, rounds: int
+    ranks: Ranks, sides: Sequence[tuple[str, int]], seconds: float, rounds: int
 ) -> list[Row]:
     """`rounds` steps of every schedule, in turn; a collective, the same result on every rank.
 
+    sides: schedules by name, and the microbatches of their steps
     seconds: of the forward of a microbatch in one rank's share of the model
     """
-    sides = [
+    made = [
         _Side(make_schedule(name, ranks.world_size, number, None, WORDS), ranks, seconds)
-        for number in microbatches
-        for name in names
-        if not (name == "dualpipev" and number < 2 * ranks.world_size)
+        for name, number in sides
     ]
-    steps = [[side.step() for side in sides] for _ in range(rounds + 1)][1:]
+    steps = [[side.step() for side in made] for _ in range(rounds + 1)][1:]
     rows = []
-    for index, side in enumerate(sides):
+    for index, side in enumerate(made):
         length, idle = min(round[index] for round in steps)
         predicted = simulate(side.schedule, equal_costs(side.schedule.stages)).bubble
         rows.append(Row(side.schedule.name, side.schedule.microbatches, length, idle, predicted))
