@@ -11,7 +11,7 @@ from flows.models.chain import Chain, Chained
 from flows.models.family import Architecture
 from flows.models.routers import drop_nothing
 from parallel.mesh import Layout
-from parallel.pipeline.catalog import BIDIRECTIONAL, Words, make_schedule
+from parallel.pipeline.catalog import BIDIRECTIONAL, Words, make_schedule, places_of
 from parallel.pipeline.costs import operations, seconds
 from parallel.pipeline.cut import cut
 from parallel.pipeline.schedule import Schedule
@@ -88,8 +88,10 @@ def check_pipeline(recipe: Recipe, layout: Layout, architecture: Architecture) -
             raise UserError(
                 f"{key} = true does not go together with parallel.pp; drop one of them."
             )
-    schedule = schedule_of(recipe, layout)
-    cut(chain_costs(recipe, architecture, None)[1], schedule.places[0])
+    section, number = recipe.parallel, microbatches(recipe, layout)
+    # Not the order, which may take long to find: what has too few places to cut at is refused at once.
+    places = places_of(section.schedule, layout.pp, number, section.chunks, WORDS)
+    cut(chain_costs(recipe, architecture, None)[1], places)
 
 
 def _inputs(recipe: Recipe, batch: int, device: torch.device) -> dict[str, Tensor]:

@@ -95,13 +95,13 @@ def cut(
     as_json: Annotated[bool, typer.Option("--json", help="Print the cut as JSON.")] = False,
 ) -> None:
     """How a recipe's model is cut into stages, beside a cut at the borders of its flow blocks."""
-    from parallel.pipeline.catalog import Words, make_schedule
+    from parallel.pipeline.catalog import Words, places_of
     from trainer.assembly import model_architecture
     from trainer.pipelines import chain_costs
     from trainer.recipe import load_recipe
 
     words = Words("--schedule", "--stages", "a step's microbatches", "--chunks")
-    places = make_schedule(schedule, stages, 2 * max(stages, 1), chunks, words).places[0]
+    places = places_of(schedule, stages, 2 * max(stages, 1), chunks, words)
     loaded = load_recipe(recipe, overrides or [])
     architecture = model_architecture(loaded)
     chain, costs = chain_costs(loaded, architecture, batch if measured else None)

@@ -12,7 +12,7 @@ weight being held twice, on two ranks that must add their gradients.
 from collections.abc import Iterable
 from itertools import product
 
-from parallel.pipeline.schedule import FREES, Action, Schedule, Work
+from parallel.pipeline.schedule import FREES, Action, Schedule, Work, looped, v_shaped
 from parallel.pipeline.timeline import equal_costs, simulate
 from parallel.pipeline.weave import Places, Rule, weave
 
@@ -26,11 +26,10 @@ def bitpipe(ranks: int, microbatches: int) -> Schedule:
 
     ranks, microbatches: even
     """
-    stages = 2 * ranks
     # 1. Interleave: each replica is cut into twice as many stages as ranks, and every rank has two of
     #    them. V-shaped: the second half of the stages turns back, so that the middle two are neighbours
     #    on one rank and pass their result on by reference.
-    down = tuple(min(stage, stages - 1 - stage) for stage in range(stages))
+    down = v_shaped(ranks)
     # 2. Merge: the second replica lies the other way round, and takes half of the microbatches. While
     #    one replica fills or drains at a rank, the other one has work there.
     places = down, _mirrored(down, ranks)
@@ -47,7 +46,7 @@ def chimera(ranks: int, microbatches: int) -> Schedule:
 
     ranks, microbatches: even
     """
-    down = tuple(range(ranks))
+    down = looped(ranks, 1)
     places = down, _mirrored(down, ranks)
     return _with_eager_sync(
         Schedule("chimera", microbatches, places, _shortest(places, microbatches))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from flows.errors import UserError
 from parallel.pipeline.bidirectional import bitpipe, chimera
-from parallel.pipeline.schedule import Schedule
+from parallel.pipeline.schedule import Schedule, looped, v_shaped
 from parallel.pipeline.torch_schedules import (
     LOOPED,
     SINGLE,
@@ -31,10 +31,25 @@ class Words:
 def make_schedule(
     name: str, ranks: int, microbatches: int, chunks: int | None, words: Words
 ) -> Schedule:
-    """The order of one step.
+    """The order of one step; found in more than linear time where there are two replicas.
 
     chunks: stages on every rank and in every replica; None for what the schedule has by itself
     Raises UserError for what the schedule cannot do.
+    """
+    places = places_of(name, ranks, microbatches, chunks, words)
+    if name in BIDIRECTIONAL:
+        return BIDIRECTIONAL[name](ranks, microbatches)
+    if name == "1f1b":
+        return one_forward_one_backward(ranks, microbatches)
+    return torch_schedule(name, ranks, microbatches, len(places) // ranks)
+
+
+def places_of(
+    name: str, ranks: int, microbatches: int, chunks: int | None, words: Words
+) -> tuple[int, ...]:
+    """The rank of every stage of the first replica: all of a schedule that cutting a model needs.
+
+    Raises UserError as `make_schedule` does.
     """
     if name not in NAMES:
         raise UserError(f"{words.schedule} = {name} is no schedule; use {', '.join(NAMES)}.")
@@ -53,16 +68,10 @@ def make_schedule(
                 raise UserError(
                     f"{word} = {number} is odd, and {name} runs in two directions; use {fits}."
                 )
-        return BIDIRECTIONAL[name](ranks, microbatches)
     _check_enough(name, ranks, microbatches, words)
-    if name == "1f1b":
-        return one_forward_one_backward(ranks, microbatches)
-    return torch_schedule(name, ranks, microbatches, own or chunks or CHUNKS)
-
-
-def stages_of(name: str, ranks: int, chunks: int | None) -> int:
-    """Stages of one replica."""
-    return ranks * (_own_chunks(name) or chunks or CHUNKS)
+    if name in V_SHAPED or name == "bitpipe":
+        return v_shaped(ranks)
+    return looped(ranks, own or chunks or CHUNKS)
 
 
 def _own_chunks(name: str) -> int | None:

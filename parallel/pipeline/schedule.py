@@ -47,6 +47,16 @@ class Action:
         return f"{self.stage}{arrow}{self.work.value}{number}"
 
 
+def looped(ranks: int, chunks: int) -> tuple[int, ...]:
+    """The rank of every stage, for stages that go down the ranks so many times."""
+    return tuple(range(ranks)) * chunks
+
+
+def v_shaped(ranks: int) -> tuple[int, ...]:
+    """The rank of every stage, for stages that go down the ranks and back."""
+    return tuple(range(ranks)) + tuple(range(ranks))[::-1]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Who does what in which order.

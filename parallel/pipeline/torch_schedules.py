@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from parallel.pipeline.schedule import Action, Schedule, Work
+from parallel.pipeline.schedule import Action, Schedule, Work, looped, v_shaped
 
 # By name, and imported when one is asked for: with them comes PyTorch's compiler, a good part of the time in
 # which a run without pipelines starts.
@@ -26,8 +26,7 @@ def torch_schedule(name: str, ranks: int, microbatches: int, chunks: int) -> Sch
     chunks: stages on every rank; 1 for those of SINGLE, 2 for those of V_SHAPED
     """
     stages = ranks * chunks
-    down = tuple(range(ranks))
-    places = (down + down[::-1]) if name in V_SHAPED else down * chunks
+    places = v_shaped(ranks) if name in V_SHAPED else looped(ranks, chunks)
     kind: Any = getattr(import_module(MODULE), {**SINGLE, **LOOPED, **V_SHAPED}[name])
     held = [_bare_stage(stage, ranks, stages) for stage in range(chunks)]
     order = kind(held[0] if name in SINGLE else held, microbatches).pipeline_order
@@ -48,7 +47,7 @@ def one_forward_one_backward(ranks: int, microbatches: int) -> Schedule:
         steady = zip(forwards[warm_up:], backwards, strict=False)
         order = forwards[:warm_up] + [action for pair in steady for action in pair]
         orders.append(tuple(order + backwards[microbatches - warm_up :]))
-    return Schedule("1f1b", microbatches, (tuple(range(ranks)),), tuple(orders))
+    return Schedule("1f1b", microbatches, (looped(ranks, 1),), tuple(orders))
 
 
 def _bare_stage(index: int, ranks: int, stages: int) -> Any:

@@ -78,6 +78,10 @@ def test_a_cut_within_flow_blocks_and_at_their_borders(flowmill: Flowmill) -> No
     [
         (("jet_digits",), "model.family = jet is not cut into stages"),
         (("digits", "--stages", "64"), "too few for 64 stages"),
+        (  # no order is looked for, which would take minutes
+            ("dit_moe_digits", "--stages", "200", "--schedule", "bitpipe"),
+            "the model has 6 places to cut at, too few for 400 stages",
+        ),
         (("digits", "model.align_depth=1"), "model.align_depth"),
         (("digits", "--schedule", "bitpipe", "--stages", "3"), "--stages = 3 is odd"),
     ],

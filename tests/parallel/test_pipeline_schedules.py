@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flows.errors import UserError
 from parallel.pipeline.bidirectional import in_flight
-from parallel.pipeline.catalog import NAMES, Words, make_schedule
+from parallel.pipeline.catalog import NAMES, Words, make_schedule, places_of
 from parallel.pipeline.schedule import Action, Schedule, Work, check
 from parallel.pipeline.timeline import Costs, equal_costs, simulate
 
@@ -187,3 +187,36 @@ def test_a_wrong_schedule_is_found() -> None:
 def test_what_a_schedule_cannot_do_is_refused(asked: tuple[object, ...], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence.replace("-", "[-]")):
         make(*asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_places_are_told_without_an_order(name) -> None:
+    for ranks, chunks in ((2, None), (4, None), (4, 3)):
+        if chunks and name not in ("interleaved1f1b", "looped_bfs", "interleaved_zero_bubble"):
+            continue
+        told = places_of(name, ranks, 2 * ranks, chunks, WORDS)
+        assert told == make(name, ranks, 2 * ranks, chunks).places[0]
+
+
+def test_waits_are_those_of_the_table_of_schedules() -> None:
+    def waits(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> float:
+        made = make(name, ranks, microbatches, chunks)
+        return simulate(made, equal_costs(made.stages)).bubble
+
+    for d in (2, 4, 6):
+        for n in (d, 3 * d // 2, 2 * d, 2 * d + 2, 3 * d):
+            for v in (1, 2, 3):
+                assert waits("interleaved1f1b", d, n, v) == pytest.approx((d - 1) / (v * n + d - 1))
+                assert waits("looped_bfs", d, n, v) == pytest.approx((d - 1) / (v * n + d - 1))
+                zero = (d - 1) / (3 * v * n + d - 1)
+                assert waits("interleaved_zero_bubble", d, n, v) == pytest.approx(zero)
+            two = pytest.approx((d - 1) / (6 * n + d - 1))
+            assert n < 1.5 * d or waits("zbv", d, n) == two
+            assert n < 2 * d or waits("dualpipev", d, n) == two
+        assert waits("chimera", d, d) == pytest.approx((d - 2) / (1.5 * d + d - 2))
+        assert waits("bitpipe", d, d) == pytest.approx((d - 2) / (3 * d + d - 2))
+        assert waits("interleaved1f1b", d, d // 2) > (d - 1) / (2 * (d // 2) + d - 1) + 0.05
+    assert waits("zbv", 4, 4) == pytest.approx(0.2)
+    told = [round(waits("bitpipe", 4, n), 3) for n in (8, 10, 12)]
+    assert told == [0.077, 0.143, 0.065]
+    assert round(waits("bitpipe", 8, 8), 3) == 0.213
