@@ -17,13 +17,24 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
 )
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 
 from flows.models.grouped import GROUPED_PRODUCT
 
 Keep = Literal["nothing", "products"]
 
 aten = torch.ops.aten
+# Names for profilers: FSDP gives more of them in a recomputation, whose operators are counted.
+NAMES = frozenset(
+    {
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
 # What takes the time of a block: its results are kept.
 PRODUCTS = frozenset(
     {
@@ -61,6 +72,8 @@ def checkpoint_blocks(model: nn.Module, blocks: Sequence[nn.Module], recompute: 
         return
     options: dict[str, Any] = {}
     if recompute.keep == "products":
+        # A policy is asked after operators are counted, and torch 2.13 knows no exception but this.
+        SAC_IGNORED_OPS.update(NAMES)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     chosen = set(blocks[:: recompute.every])
     for name, module in list(model.named_modules()):

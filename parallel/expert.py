@@ -183,17 +183,20 @@ def with_other_ranks(
     sent = counts.view(ranks, -1)
     arriving = send_to_each(sent, group)
     # The sizes of messages are the host's business: it waits here for what it has sent.
-    sending, receiving = sent.sum(1).tolist(), arriving.sum(1).tolist()
+    sending, receiving = torch.stack((sent.sum(1), arriving.sum(1))).tolist()
     travelling = send_rows_off(rows, sending, receiving, group)
-    order, aside = _by_expert(arriving), meanwhile()
+    order, aside = _by_expert(arriving, sum(receiving)), meanwhile()
     arrived = travelling.arrived()
     outputs = compute(arrived.index_select(0, order), arriving.sum(0))
     back = outputs.index_select(0, order.argsort())
     return send_rows_off(back, receiving, sending, group).arrived(), aside
 
 
-def _by_expert(arriving: Tensor) -> Tensor:
-    """(rows,) the order by experts of rows that lie by (rank they are from, expert)."""
+def _by_expert(arriving: Tensor, rows: int) -> Tensor:
+    """(rows,) the order by experts of rows that lie by (rank they are from, expert).
+
+    rows: the sum of `arriving`, which a device would be asked for otherwise
+    """
     ranks, experts = arriving.shape
     own = torch.arange(experts, device=arriving.device).repeat(ranks)
-    return own.repeat_interleave(arriving.flatten()).argsort(stable=True)
+    return own.repeat_interleave(arriving.flatten(), output_size=rows).argsort(stable=True)

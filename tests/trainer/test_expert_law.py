@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flows.errors import UserError
+from parallel import expert
 from parallel.processes import Ranks
 from tests.distributed.harness import run_ranks
 from tests.trainer import families, runs, ties
@@ -21,8 +23,12 @@ CAPACITY, TRACED = "model.capacity=1.0", "train.trace_experts=4"
 MOVED = "ep4 after one rank"
 # Sequences are cut: nothing may compare all tokens of one. Held against one rank without a capacity.
 UNBOUND = ["model.capacity=0", "model.balance=sequence"]
+PRODUCTS = ["train.checkpoint_activations=1", "train.checkpoint_keeps=products"]
 # ranks -> name: changes
 LAYOUTS: dict[int, dict[str, list[str]]] = {
+    2: {
+        "ep2 products": ["parallel.ep=2", *PRODUCTS],
+    },
     4: {
         "ep4": ["parallel.ep=4"],
         MOVED: ["parallel.ep=4"],
@@ -143,6 +149,13 @@ def test_one_rank_goes_on_from_experts_over_ranks(folder, one, tmp_path):
 @pytest.mark.parametrize("name", MORE_NAMES)
 def test_more_layouts_train_what_one_rank_trains(more, one, name):
     hold(more / name, one / reference(name))
+
+
+def test_a_rank_waits_for_its_device_once_where_rows_travel() -> None:
+    """Tensors without memory cannot be asked how many rows they speak of."""
+    with FakeTensorMode():
+        order = expert._by_expert(torch.tensor([[1, 2, 0], [2, 0, 4]]), 9)
+    assert order.shape == (9,)
 
 
 @pytest.mark.parametrize(
