@@ -161,6 +161,13 @@ def _check_routing(config: DiTMoEConfig) -> None:
     for key in ("capacity", "balance_weight", "z_weight", "bias_rate"):
         if getattr(config, key) < 0:
             raise UserError(f"model.{key} = {getattr(config, key):g} is below 0; use 0 for none.")
+    if config.capacity * config.chosen > config.experts:
+        most = config.experts / config.chosen
+        instead = "0 for that" if config.chooser == "tokens" else "no more"
+        raise UserError(
+            f"model.capacity = {config.capacity:g} is above model.experts / model.chosen = {most:g}, with "
+            f"which every expert has a place for every token; use {instead}."
+        )
     if config.gate_scale <= 0:
         raise UserError(f"model.gate_scale = {config.gate_scale:g} is not above 0; use 1 for none.")
     if config.chooser == "experts" and config.bias_rate:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # Widths that are multiples of this are well aligned in bfloat16 too.
 ALIGNMENT = 8
@@ -75,6 +76,19 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _product.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.flowmill.grouped_product)
+def _operations_of_product(a: torch.Size, b: torch.Size, *_rest: Any, **_out: Any) -> int:
+    rows, inner = a
+    return 2 * rows * inner * b[2]
+
+
+@register_flop_formula(torch.ops.flowmill.grouped_outer)
+def _operations_of_outer(a: torch.Size, b: torch.Size, *_rest: Any, **_out: Any) -> int:
+    rows, n = a
+    return 2 * rows * n * b[1]
+
 
 # As tracers and checkpoints of activations see it.
 GROUPED_PRODUCT = torch.ops.flowmill.grouped_product.default
