@@ -16,7 +16,8 @@ class Routed(NamedTuple):
     load: (batch, [layers,] experts) float32 slots that asked for each expert, dropped ones included
     dropped: (batch, [layers]) slots that found no place; where experts choose, tokens without an expert
     entropy: (batch, [layers]) mean over tokens of the entropy of their distribution over experts, in nats
-    ties: (batch, [layers]) tokens whose choice hangs on a difference that rounding could turn
+    ties: (batch, [layers]) choices that hang on a difference that rounding could turn: of a token's last
+        expert, and of an expert's last place, where places are fewer than claims
     flow: (batch, [layers,] experts, experts) float32 pairs of a slot of the layer before, by its expert,
         and one of this layer of the same token; zeros in the first layer. Without experts,
         (batch, [layers,] 0, 0), where nobody asked for it

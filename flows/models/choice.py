@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flows.routed import Routed
@@ -82,7 +81,7 @@ def tokens_choose(
     ranked = scores.detach() if bias is None else scores.detach() + bias
     best = ranked.topk(min(chosen + 1, experts), dim=-1)
     expert = best.indices[..., :chosen]
-    weight = scores.gather(-1, expert)
+    weight = score = scores.gather(-1, expert)
     if routing.renormalise:
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(SMALLEST)
     weight = weight * routing.scale
@@ -93,7 +92,9 @@ def tokens_choose(
     kept = None
     if routing.capacity:
         places = min(tokens, math.ceil(routing.capacity * chosen * tokens / experts))
-        kept = _strongest(weight.detach(), expert, experts, places)
+        # By scores: renormalised weights of one expert a token are all 1.
+        kept, close = _strongest(score.detach(), expert, experts, places)
+        ties = ties + close
     dropped = load.new_zeros(batch) if kept is None else (~kept).sum((1, 2)).float()
     if mask is not None:
         weight = weight * mask
@@ -114,15 +115,14 @@ def experts_choose(
     ranked = scores.detach().transpose(1, 2)
     best = ranked.topk(min(places + 1, tokens), dim=-1)
     token = best.indices[..., :places]  # (batch, experts, places)
+    asked = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, token, True).transpose(1, 2)
     weight = scores if mask is None else scores * mask
     if routing.renormalise:
-        taken = torch.zeros_like(ranked).scatter(-1, token, 1.0).transpose(1, 2)
-        weight = weight / (scores * taken).sum(-1, keepdim=True).clamp_min(SMALLEST)
+        weight = weight / (scores * asked).sum(-1, keepdim=True).clamp_min(SMALLEST)
     weight = (weight * routing.scale).transpose(1, 2).gather(-1, token)
     rows = token + tokens * torch.arange(batch, device=token.device)[:, None, None]
     counts = torch.full((experts,), batch * places, device=token.device)
     slots = Slots(rows.transpose(0, 1).flatten(), weight.transpose(0, 1).flatten(), counts)
-    asked = F.one_hot(token, tokens).sum(2).transpose(1, 2) > 0
     load = torch.full((batch, experts), float(places), device=token.device)
     dropped = (~asked.any(-1)).sum(-1).float()
     ties = _ties(best.values, places)
@@ -140,12 +140,17 @@ def distribution(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True).clamp_min(SMALLEST)
 
 
-def _strongest(weight: Tensor, expert: Tensor, experts: int, places: int) -> Tensor:
-    """(batch, tokens, chosen) bool: the slots that are among the `places` strongest of their expert."""
-    claims = weight.new_full((*weight.shape[:2], experts), -1.0).scatter(-1, expert, weight)
+def _strongest(score: Tensor, expert: Tensor, experts: int, places: int) -> tuple[Tensor, Tensor]:
+    """The slots (batch, tokens, chosen) that are among the `places` highest scores of their expert.
+
+    returns (batch, tokens, chosen) bool, and (batch,) experts whose last place hangs on less than TIE
+    """
+    tokens = score.shape[1]
+    claims = score.new_full((len(score), tokens, experts), -math.inf).scatter(-1, expert, score)
+    best = claims.topk(min(places + 1, tokens), dim=1)
     taken = torch.zeros_like(claims, dtype=torch.bool)
-    taken.scatter_(1, claims.topk(places, dim=1).indices, True)
-    return taken.gather(-1, expert)
+    taken.scatter_(1, best.indices[:, :places], True)
+    return taken.gather(-1, expert), _ties(best.values.transpose(1, 2), places)
 
 
 def _in_order(expert: Tensor, weight: Tensor, kept: Tensor | None, counts: Tensor) -> Slots:

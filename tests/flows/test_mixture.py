@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flows.models.choice import Routing
+from flows.models.choice import Routing, experts_choose, tokens_choose
 from flows.models.mixture import Experts, Mixture
 from flows.models.routers import RouterCell, rebalance, softmax
+from parallel.memory import LiveBytes
 
 BATCH, TOKENS, WIDTH, HIDDEN, SHARED = 3, 6, 8, 16, 8
 EXPERTS, CHOSEN, RECURRENT = 5, 2, 8
@@ -25,6 +26,7 @@ OPTIONS = {
     "all experts": replace(PLAIN, chosen=EXPERTS),
     "capacity": replace(PLAIN, capacity=0.7),
     "capacity renormalised": replace(PLAIN, capacity=0.4, renormalise=True),
+    "capacity of one expert": replace(PLAIN, chosen=1, capacity=0.7, renormalise=True, z_weight=0.1),
     "experts choose": replace(PLAIN, chooser="experts"),
     "experts choose more": replace(PLAIN, chooser="experts", capacity=1.5, renormalise=True),
     "experts choose by sigmoid": replace(PLAIN, chooser="experts", gate="sigmoid", z_weight=0.1),
@@ -151,9 +153,9 @@ def chosen_by(routing: Routing, bias: Tensor | None, scores: list[Tensor]):
         places = math.ceil(routing.capacity * routing.chosen * TOKENS / EXPERTS)
         for expert in range(EXPERTS):
             claims = [
-                (float(w.detach()), t)
+                (float(scores[t][e].detach()), t)
                 for t, slots in enumerate(gates)
-                for e, w in slots
+                for e, _ in slots
                 if e == expert
             ]
             lost = {t for _, t in sorted(claims, reverse=True)[places:]}
@@ -247,6 +249,29 @@ def test_statistics_count_what_was_asked_and_what_was_dropped() -> None:
     _, _, routed, *_ = alike.router(x)
     assert torch.equal(routed.ties, torch.full((BATCH,), float(TOKENS)))
     assert torch.allclose(routed.entropy, torch.full((BATCH,), math.log(EXPERTS)))
+
+
+def test_claims_that_hang_on_rounding_are_ties() -> None:
+    """Two tokens want the one place of an expert: with one score, and, in another sample, with two."""
+    close = [[0.6, 0.1, 0.3], [0.6 + 1e-7, 0.3, 0.1], [0.1, 0.7, 0.2]]
+    far = [[0.3, 0.1, 0.2], [0.6, 0.3, 0.1], [0.1, 0.7, 0.2]]
+    for renormalise in (False, True):
+        routing = Routing(3, 1, capacity=1.0, renormalise=renormalise)
+        slots, routed, _ = tokens_choose(torch.tensor([close, far]), None, routing, None)
+        assert routed.dropped.tolist() == [1.0, 1.0]
+        assert routed.ties.tolist() == [1.0, 0.0]
+        assert slots.token.tolist() == [1, 4, 2, 5]
+
+
+def test_memory_of_choices_grows_with_tokens_alone() -> None:
+    """By experts: four times as many tokens, four times as much."""
+    peaks = []
+    for tokens in (256, 1024):
+        scores = torch.rand(1, tokens, 4, generator=torch.Generator().manual_seed(6))
+        with LiveBytes() as live:
+            experts_choose(scores, replace(PLAIN, experts=4, chooser="experts"), None)
+        peaks.append(live.peak)
+    assert peaks[1] < 5 * peaks[0]
 
 
 def test_where_experts_choose_all_have_as_much_and_tokens_may_be_left_out() -> None:

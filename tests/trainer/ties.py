@@ -100,7 +100,7 @@ def check(ours: Path, theirs: Path, exact: float) -> None:
         for sample, expert, near, gap in _of_layer(choices.places, layer, depth):
             raise RoutingTie(
                 f"{where} in layer {layer} one or another of tokens {near} of sample {sample} finds a place "
-                f"at expert {expert} by {gap:.1e} of a weight, which rounding turns"
+                f"at expert {expert} by {gap:.1e} of a score, which rounding turns"
             )
 
 
@@ -151,10 +151,10 @@ def recorded() -> Iterator[Choices]:
         choices.experts.append(Border(ranked - ranked.amin(), routing.chosen))
         return by_tokens(scores, bias, routing, mask)
 
-    def strongest(weight: Tensor, expert: Tensor, experts: int, places: int) -> Tensor:
-        claims = weight.new_full((*weight.shape[:2], experts), -1.0).scatter(-1, expert, weight)
+    def strongest(score: Tensor, expert: Tensor, experts: int, places: int) -> Any:
+        claims = score.new_full((*score.shape[:2], experts), -1.0).scatter(-1, expert, score)
         choices.places.append(Border(claims.transpose(1, 2), places))
-        return of_places(weight, expert, experts, places)
+        return of_places(score, expert, experts, places)
 
     with pytest.MonkeyPatch.context() as patch:
         # Routers know it by a name of their own.
