@@ -13,6 +13,7 @@ from flows.models.dit_moe import DiTMoE, active_parameters, forward_flops
 from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.dit_moe_sizes import PUBLISHED
 from flows.models.family import architecture
+from flows.models.grouped import grouped_product
 from flows.models.zoo import DIT_MOE, family_of
 from flows.routed import Mixed
 
@@ -82,6 +83,13 @@ def test_the_cost_formula_equals_the_operator_count(changes) -> None:
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*inputs())
     assert counter.get_total_flops() / 3 == forward_flops(config)
+
+
+def test_gradients_of_grouped_products_cost_twice_the_products() -> None:
+    rows, groups = torch.ones(6, 8, requires_grad=True), torch.ones(3, 8, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        grouped_product(rows, groups, torch.tensor([1, 4, 6], dtype=torch.int32)).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 6 * 8 * 16)
 
 
 def test_a_fresh_network_is_zero_and_a_stirred_one_is_not() -> None:
