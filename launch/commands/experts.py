@@ -40,7 +40,9 @@ def place_command(
         ),
     ] = 1.05,
     since: Annotated[int, typer.Option(min=0, help="Trace after this step alone.")] = 0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For the integer program.")] = 30.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="For all of it; then the best so far.")
+    ] = 30.0,
     write: Annotated[
         Path | None, typer.Option(help="A new run folder, its checkpoint rewritten.")
     ] = None,

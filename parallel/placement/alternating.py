@@ -7,6 +7,9 @@ several starts are made, each with one random layer, and from the best end some 
 exchanges in two layers (iterated local search). The best of all counts.
 """
 
+import math
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -40,16 +43,26 @@ def balanced(load: Reals, ranks: int) -> Layer:
         _exchange(layer, best)
 
 
-def alternate(problem: Problem, caps: Reals, even: Places, *, starts: int, seed: int) -> Places:
+def alternate(
+    problem: Problem, caps: Reals, even: Places, *, starts: int, seed: int, until: float = math.inf
+) -> Places:
     """The best placement that is found, of those whose ranks are nowhere busier than `caps`.
 
     caps: (layers,) the largest load of a rank; infinite: any
     even: a placement as even as that
+    until: by `time.monotonic`, when no other start or kick is begun; there is one start always
     """
     generator = np.random.default_rng(seed)
-    ends = (_begun(problem, caps, even, generator) for _ in range(starts))
-    best = max(ends, key=lambda places: kept(problem.flow, places))
+    best = _begun(problem, caps, even, generator)
+    for _ in range(starts - 1):
+        if time.monotonic() >= until:
+            return best
+        places = _begun(problem, caps, even, generator)
+        if kept(problem.flow, places) > kept(problem.flow, best):
+            best = places
     for _ in range(KICKS * starts):
+        if time.monotonic() >= until:
+            return best
         places, two = best.copy(), min(2, problem.layers)
         for layer in generator.choice(problem.layers, size=two, replace=False):
             _shake(problem, caps, places, int(layer), two, generator)

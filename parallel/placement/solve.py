@@ -6,6 +6,7 @@ alternating assignment.
 """
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +45,7 @@ def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: 
     """The best placement found.
 
     starts, seed: of the alternating assignment
-    seconds: that the integer program may take
+    seconds: that all of it may take, but for the one start that there is always
     Raises UserError for ranks that do not divide the experts, or a limit below 1.
     """
     _check(problem)
@@ -54,11 +55,16 @@ def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: 
     why = f"as asked; the program has {size:,} variables"
     if method == "auto":
         why = f"the program has {size:,} variables, {'at most' if small else 'more than'} {SMALL:,}"
+    until = time.monotonic() + seconds
     caps, even = load_caps(problem, seconds if chosen == "exact" else 0.0)
-    found = alternate(problem, caps, even, starts=starts, seed=seed)
+    found = alternate(problem, caps, even, starts=starts, seed=seed, until=until)
+    left = until - time.monotonic()
     if chosen == "alternating":
+        why += "" if left > 0 else f", and {seconds:g} s were too short for all its starts"
         return Placed(found, chosen, why, proven=False)
-    solved = exact.fewest_hops(problem, caps, seconds)
+    solved = exact.Exact(None, proven=False)
+    if left > 0:
+        solved = exact.fewest_hops(problem, caps, left)
     if not solved.proven:
         why += f", and {seconds:g} s were too short for a proof"
     if solved.places is None or kept(problem.flow, solved.places) < kept(problem.flow, found):
@@ -69,16 +75,17 @@ def place(problem: Problem, *, method: Method, starts: int, seed: int, seconds: 
 def load_caps(problem: Problem, seconds: float) -> tuple[Reals, Places]:
     """(layers,) how busy the busiest rank may be, and a placement where none is busier.
 
-    seconds: for a proof, where exchanges of experts do not reach the limit; 0: they are believed
+    seconds: for all proofs, where exchanges of experts do not reach the limit; 0: they are believed
     """
     even = np.stack([balanced(own, problem.ranks) for own in problem.load])
     if math.isinf(problem.limit):
         return np.full(problem.layers, np.inf), even
-    caps = np.zeros(problem.layers)
+    caps, until = np.zeros(problem.layers), time.monotonic() + seconds
     for layer, load in enumerate(problem.load):
         wanted = problem.limit * float(load.sum()) / problem.ranks
-        if _busiest(even[layer], load, problem.ranks) > wanted and seconds:
-            better = exact.most_even(load, problem.ranks, seconds)
+        left = until - time.monotonic()
+        if _busiest(even[layer], load, problem.ranks) > wanted and left > 0:
+            better = exact.most_even(load, problem.ranks, left)
             if better is not None:
                 even[layer] = better
         least = _busiest(even[layer], load, problem.ranks)

@@ -1,6 +1,7 @@
 """Placements of experts: laws of costs and algorithms on random counts, optima on planted ones."""
 
 import math
+import time
 from itertools import combinations, product
 
 import numpy as np
@@ -220,6 +221,16 @@ def test_the_choice_is_made_by_size_and_said() -> None:
     assert exact.variables(large) > SMALL
     assert solved(large).method == "alternating"
     assert solved(large).why == "the program has 3,328 variables, more than 1,000"
+
+
+@pytest.mark.parametrize("method", ["exact", "alternating"])
+def test_all_of_it_ends_after_the_seconds_and_says_so(method) -> None:
+    flow, load = zipf(3, 8, 1.0, 0)
+    begun = time.monotonic()
+    found = solved(Problem(flow, load, 2, 1.05), method, starts=10**7, seconds=0.3)
+    assert time.monotonic() - begun < 20  # all starts would take hours
+    assert "0.3 s were too short for" in found.why
+    assert not found.proven
 
 
 def test_alternating_ends_where_it_began_with_the_same_seed() -> None:
