@@ -60,6 +60,16 @@ def test_a_run_of_one_rank_goes_on_in_stages_that_fsdp_cuts(tmp_path: Path) -> N
         (["parallel.pp=2", "train.microbatch=5"], 2, "train.microbatch = 5 does not divide the 16"),
         (["parallel.pp=2", "parallel.schedule=bitpipe"], 2, "= 1 is odd, and bitpipe runs in two"),
         (["parallel.pp=8", "train.microbatch=1"], 8, "4 places to cut at, too few for 8 stages"),
+        (  # no order is looked for, which would take minutes
+            [
+                "parallel.pp=200",
+                "parallel.schedule=bitpipe",
+                "train.batch=400",
+                "train.microbatch=1",
+            ],
+            200,
+            "4 places to cut at, too few for 400 stages",
+        ),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused(
