@@ -98,7 +98,9 @@ def _check_memory(made: Recipe) -> None:
     sizes = []
     for experts in (model.config.chosen, model.config.chosen + 1):
         with torch.device("meta"):
-            few = replace(model, config=replace(model.config, experts=experts)).build()
+            # Few experts do not have the places that a capacity of many asks for.
+            config = replace(model.config, experts=experts, capacity=0.0)
+            few = replace(model, config=config).build()
         sizes.append(parameter_count(few))
     more = model.config.experts - model.config.chosen
     needed = 4 * (sizes[0] + more * (sizes[1] - sizes[0]))
