@@ -24,7 +24,7 @@ Counts = NDArray[np.int64]
 EXACT = 2**53  # float64 has every whole number up to here
 EXACT_SUMS = 2**24  # and float32, in which a step's slots are added up
 ROUNDING = 1e-4  # of float32 sums above it, in whatever order
-SHOWN = "restore the file, or trace the run anew."
+ADVICE = "restore the file, or trace the run anew."
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def read_trace(
     load, flow = (_summed(path, lines, key, shape) for key, shape in shapes.items())
     for number, line in lines.items():
         if (wrong := _contradiction(np.array(line["load"]), line["flow"], chosen)) is not None:
-            raise UserError(f"{path}, line {number}: step {line['step']} has {wrong}; {SHOWN}")
+            raise UserError(f"{path}, line {number}: step {line['step']} has {wrong}; {ADVICE}")
     if not load.any():
-        raise UserError(f"{path} counts no token: all loads are 0; {SHOWN}")
+        raise UserError(f"{path} counts no token: all loads are 0; {ADVICE}")
     return Trace(tuple(line["step"] for line in lines.values()), load, flow)
 
 
@@ -85,7 +85,7 @@ def _numbered(path: Path, since: int) -> dict[int, dict[str, Any]]:
         step = line["step"]
         if type(step) is not int or step < 0:
             raise UserError(
-                f"{path}, line {number}: `step` is not a whole number from 0 on; {SHOWN}"
+                f"{path}, line {number}: `step` is not a whole number from 0 on; {ADVICE}"
             )
         if step in steps:
             raise UserError(
@@ -139,7 +139,7 @@ def _summed(
             raise UserError(
                 f"{path}, line {number}: `{key}` of step {line['step']} is not "
                 f"{' x '.join(map(str, shape))} counts, as the run's recipe has layers and experts, each a "
-                f"whole number from 0 on and all lines together below 2^53; {SHOWN}"
+                f"whole number from 0 on and all lines together below 2^53; {ADVICE}"
             )
         total += counts.astype(np.int64)
     return total
