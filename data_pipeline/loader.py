@@ -11,14 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import psutil
-import torch
 
-from data_pipeline.augment import Augment, Size
-from data_pipeline.decode.decoder import Decoder
+from data_pipeline.augment import Size
 from data_pipeline.faults import Budget, Quarantine
 from data_pipeline.share import Loaded, Share, Undecoded
 from data_pipeline.stage import Stage, Stopped
-from data_pipeline.stream import Stream
 from flows.batch import Batch
 from flows.errors import UserError
 
@@ -84,10 +81,9 @@ class Ahead:
 class Loader:
     """An endless iterator of this rank's share of each global batch.
 
-    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks). Images
-    have (height, width) `size`, or that of the stream's bucket.
     Reading starts with the first `next`.
 
+    prefetch: batches that may lie ready, read and decoded
     position: samples of the global stream that the trainer has taken, on all ranks together
     wait_seconds: how long the last `next` waited
     queue_depth: batches that were decoded when it was called
@@ -99,35 +95,16 @@ class Loader:
     tolerates in an epoch.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        decoder: Decoder,
-        *,
-        size: Size,
-        augment: Augment,
-        seed: int,
-        batch: int,
-        rank: int,
-        ranks: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, share: Share, *, prefetch: int) -> None:
         check_memory(
-            batch=-(-batch // ranks), channels=decoder.channels, size=size, batches=prefetch + 2
+            # Of the largest share: all ranks refuse, or none.
+            batch=-(-share.batch // share.ranks),
+            channels=share.decoder.channels,
+            size=share.size,
+            batches=prefetch + 2,
         )
-        self.stream = stream
-        self.share = Share(
-            stream,
-            decoder,
-            size=size,
-            augment=augment,
-            seed=seed,
-            batch=batch,
-            rank=rank,
-            ranks=ranks,
-            device=device,
-        )
+        self.stream = stream = share.stream
+        self.share = share
         self.prefetch = prefetch
         self.position = 0
         self.wait_seconds = 0.0

@@ -68,7 +68,13 @@ def list_shares(
 
 
 class Share:
-    """This rank's share of any global batch: no state but the open files."""
+    """This rank's share of any global batch: no state but the open files.
+
+    Of the batch of `batch` samples from position p it reads p + `share_of`(batch, rank, ranks). Images
+    have (height, width) `size`, or that of the stream's bucket.
+
+    Raises UserError where a rank would have no sample.
+    """
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class Share:
         self.augment = augment
         self.seed = seed
         self.batch = batch
+        self.ranks = ranks
         self.first, self.end = share_of(batch, rank, ranks)
         self.device = device
         # The thread that decodes reads too, where it has to replace what cannot be decoded.

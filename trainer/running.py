@@ -25,6 +25,7 @@ import torch.distributed as dist
 from data_pipeline.augment import Augment
 from data_pipeline.faults import Budget, Quarantine, write_past
 from data_pipeline.loader import Loader
+from data_pipeline.share import Share
 from flows.errors import UserError
 from parallel.clock import Clock
 from parallel.processes import Ranks, start, stop
@@ -144,7 +145,7 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
     """The share of number `rank` of the `ranks` that read different samples, from the first step."""
     data = made.recipe.data
     decoder = open_reader(made.recipe, made.stream.urls, device)
-    return Loader(
+    share = Share(
         made.stream,
         decoder,
         size=(data.image_size, data.image_size),
@@ -153,9 +154,9 @@ def open_loader(made: Plan, rank: int, ranks: int, device: torch.device) -> Load
         batch=made.recipe.train.batch,
         rank=rank,
         ranks=ranks,
-        prefetch=data.prefetch,
         device=device,
     )
+    return Loader(share, prefetch=data.prefetch)
 
 
 def _agree(made: Plan, ranks: Ranks) -> None:

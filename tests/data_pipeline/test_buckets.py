@@ -18,6 +18,7 @@ from data_pipeline.decode.images import read_pictures
 from data_pipeline.faults import Tolerance, read_lines
 from data_pipeline.loader import Loader
 from data_pipeline.samples import Samples
+from data_pipeline.share import Share
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from tests.data_pipeline.conftest import image_file, write_tar
@@ -216,10 +217,11 @@ def loader_of(pattern, *, batch=4, rank=0, ranks=1, keep=None, tolerate=None):
         [(pattern, 1.0)], keep=keep or {}, classes=10, seed=5, lanes=2, window=3, tolerate=tolerate,
         buckets=Buckets(SHAPES, batch),
     )  # fmt: skip
-    return Loader(
+    share = Share(
         stream, decoder(), size=(99, 99), augment=PLAIN, seed=5, batch=batch, rank=rank, ranks=ranks,
-        prefetch=2, device=CPU,
+        device=CPU,
     )  # fmt: skip
+    return Loader(share, prefetch=2)
 
 
 def painted(image):

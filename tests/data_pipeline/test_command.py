@@ -134,14 +134,15 @@ import torch
 from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
+from data_pipeline.share import Share
 from data_pipeline.stream import open_stream
 sources = [("embedded:digits8/train-*.tar", 1.0)]
 stream = open_stream(sources, keep={}, classes=10, seed=0, lanes=4, window=8)
 decoder = open_decoder("auto", channels=1, threads=2, device=torch.device("cpu"))
 augment = Augment("random", (0.5, 1.0), (0.8, 1.25), 0.5)
-loader = Loader(stream, decoder, size=(8, 8), augment=augment, seed=0, batch=32, rank=0, ranks=1,
-                prefetch=2, device=torch.device("cpu"))
-print(len(next(loader)))
+share = Share(stream, decoder, size=(8, 8), augment=augment, seed=0, batch=32, rank=0, ranks=1,
+              device=torch.device("cpu"))
+print(len(next(Loader(share, prefetch=2))))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]

@@ -24,6 +24,7 @@ from data_pipeline.faults import (
 from data_pipeline.file_order import read_all
 from data_pipeline.loader import Loader
 from data_pipeline.samples import Samples
+from data_pipeline.share import Share
 from data_pipeline.storage import resolve
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
@@ -54,7 +55,7 @@ def loader(pattern, tolerate, *, rank=0, ranks=1, kind="pillow", batch=6, prefet
     stream = open_stream(
         [(pattern, 1.0)], keep={}, classes=10, seed=4, lanes=3, window=4, tolerate=tolerate
     )
-    return Loader(
+    share = Share(
         stream,
         open_decoder(kind, channels=1, threads=1, device=CPU),
         size=(4, 4),
@@ -63,9 +64,9 @@ def loader(pattern, tolerate, *, rank=0, ranks=1, kind="pillow", batch=6, prefet
         batch=batch,
         rank=rank,
         ranks=ranks,
-        prefetch=prefetch,
         device=CPU,
     )
+    return Loader(share, prefetch=prefetch)
 
 
 def numbers(batch):

@@ -14,6 +14,7 @@ from data_pipeline.indexes import update_catalogs
 from data_pipeline.loader import Loader
 from data_pipeline.reader import Range, RangeReader
 from data_pipeline.shards import expand
+from data_pipeline.share import Share
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
 from tests.data_pipeline.conftest import image_file, reach, write_tar
@@ -65,10 +66,11 @@ def epoch(pattern, batches, *, ranks, batch=12):
     shares = []
     for rank in range(ranks):
         stream = open_stream([(pattern, 1.0)], keep={}, classes=10, seed=3, lanes=5, window=16)
-        loader = Loader(
+        share = Share(
             stream, decoder(), size=(24, 24), augment=FLIPPED, seed=3, batch=batch, rank=rank,
-            ranks=ranks, prefetch=2, device=CPU,
+            ranks=ranks, device=CPU,
         )  # fmt: skip
+        loader = Loader(share, prefetch=2)
         shares.append([next(loader) for _ in range(batches)])
         keys = stream.keys(torch.arange(batches * batch))
         loader.close()

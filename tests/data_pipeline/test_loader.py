@@ -13,6 +13,7 @@ import torch
 from data_pipeline.augment import Augment
 from data_pipeline.decode.decoder import open_decoder
 from data_pipeline.loader import Loader
+from data_pipeline.share import Share
 from data_pipeline.stage import Stopped
 from data_pipeline.stream import open_stream
 from flows.errors import UserError
@@ -59,7 +60,7 @@ def loader(
     kind="pillow",
     tolerate=None,
 ):
-    return Loader(
+    share = Share(
         stream_of(pattern, keep=keep, seed=seed, lanes=lanes, window=window, tolerate=tolerate),
         decoder(kind),
         size=(size, size),
@@ -68,9 +69,9 @@ def loader(
         batch=batch,
         rank=rank,
         ranks=ranks,
-        prefetch=prefetch,
         device=CPU,
     )
+    return Loader(share, prefetch=prefetch)
 
 
 def loader_threads():

@@ -12,6 +12,7 @@ from data_pipeline.encoders.hashed import HashedWords
 from data_pipeline.faults import Tolerance, read_lines
 from data_pipeline.latents import write_array
 from data_pipeline.loader import Loader
+from data_pipeline.share import Share
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.stream import open_stream
 from data_pipeline.texts import TextMember
@@ -60,10 +61,11 @@ def batches(pattern, count, *, text=TEXT, rank=0, ranks=1, tolerate=None):
         tolerate=tolerate,
         text=text,
     )
-    loader = Loader(
+    share = Share(
         stream, decoder(), size=(4, 4), augment=PLAIN, seed=3, batch=6, rank=rank, ranks=ranks,
-        prefetch=2, device=CPU,
+        device=CPU,
     )  # fmt: skip
+    loader = Loader(share, prefetch=2)
     try:
         return [next(loader) for _ in range(count)]
     finally:

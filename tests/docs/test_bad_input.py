@@ -25,6 +25,7 @@ from data_pipeline.description import UNFINISHED
 from data_pipeline.faults import Tolerance, read_lines
 from data_pipeline.latents import write_array
 from data_pipeline.loader import Loader
+from data_pipeline.share import Share
 from data_pipeline.sources.archives import TarSource
 from data_pipeline.storage import resolve
 from data_pipeline.stream import open_stream
@@ -375,7 +376,7 @@ def read_epoch(case: Case, tolerate: Tolerance | None) -> tuple[list[int], int]:
         text=case.text,
     )
     case.spoil()
-    loader = Loader(
+    share = Share(
         stream,
         open_decoder("pillow", channels=1, threads=1, device=CPU),
         size=(4, 4),
@@ -384,10 +385,9 @@ def read_epoch(case: Case, tolerate: Tolerance | None) -> tuple[list[int], int]:
         batch=case.batch,
         rank=0,
         ranks=1,
-        prefetch=1,
         device=CPU,
     )
-    with loader:
+    with Loader(share, prefetch=1) as loader:
         positions, bad = [], 0
         for _ in range(stream.samples // 10):
             positions += next(loader).position.tolist()
