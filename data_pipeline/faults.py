@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.decode.images import BadImages
-from data_pipeline.headers import printable
+from data_pipeline.headers import sample_name
 from data_pipeline.texts import Words
 from flows.errors import UserError
 
@@ -61,11 +61,6 @@ class Found:
     def name(self) -> str:
         """As messages call it."""
         return sample_name(self.url, self.key)
-
-
-def sample_name(url: str, key: str) -> str:
-    """What messages call a sample."""
-    return f"{url}: sample {printable(key)}"
 
 
 class Source(Protocol):

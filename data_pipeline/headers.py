@@ -148,3 +148,8 @@ def printable(name: str) -> str:
         letter.encode("unicode_escape").decode() if category(letter) in UNSHOWN else letter
         for letter in name
     )
+
+
+def sample_name(url: str, key: str) -> str:
+    """What messages call a sample."""
+    return f"{url}: sample {printable(key)}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.headers import sample_name
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.order import Int64
 from data_pipeline.reader import Range, RangeReader
@@ -110,7 +111,7 @@ def _look_up(index: ShardIndex, keep: Keep, tolerant: bool) -> Iterator[int]:
             rows = range(start, min(start + READ_AT_ONCE, len(index)))
             members = [_contents(index, rows, extension, reader, tolerant) for extension in wanted]
             for row, texts in zip(rows, zip(*members, strict=True), strict=True):
-                name = f"{index.url}: sample {index.keys[row]}"
+                name = sample_name(index.url, str(index.keys[row]))
                 if _fits(dict(zip(wanted, texts, strict=True)), keep, name, tolerant):
                     yield row
     finally:
@@ -124,10 +125,10 @@ def _contents(
     members = find_one(index, (extension,))
     there = [row for row in rows if members.offsets[row] >= 0]
     if len(there) < len(rows) and not (tolerant and extension == LABEL):
-        row = min(set(rows).difference(there))
+        name = sample_name(index.url, str(index.keys[min(set(rows).difference(there))]))
         raise UserError(
-            f"{index.url}: sample {index.keys[row]} has no .{extension}, which data.keep looks "
-            "into; pack the shard again or keep by other fields"
+            f"{name} has no .{extension}, which data.keep looks into; pack the shard again or keep by other "
+            "fields"
         )
     places = [(int(members.offsets[row]), int(members.sizes[row])) for row in there]
     texts = reader.read([Range(index.url, offset, size) for offset, size in places])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.description import UNFINISHED, Shard, write_description
+from data_pipeline.headers import printable
 from data_pipeline.index import PICKLES
 from data_pipeline.order import fold, permute
 from data_pipeline.samples import LABEL, parse_label
@@ -156,8 +157,8 @@ def _write_shard(url: str, source: Source, numbers: Sequence[int]) -> Packed:
 
 def _checked(sample: Sample) -> Sample:
     """The sample; raises UserError for a name, a label or a caption that nobody could read again."""
-    name = f"sample {sample.key}"
     check_name(sample.key, "a sample's key")
+    name = f"sample {sample.key}"
     if LABEL in sample.members:
         parse_label(sample.members[LABEL], name, None)
     try:
@@ -171,7 +172,9 @@ def add(archive: tarfile.TarFile, sample: Sample) -> None:
     """Append a sample; the same sample gives the same bytes."""
     for extension in sorted(sample.members):
         if extension.rpartition(".")[2] in PICKLES:
-            raise UserError(f"sample {sample.key}: .{extension} is a pickle and is not packed")
+            raise UserError(
+                f"sample {printable(sample.key)}: .{extension} is a pickle and is not packed"
+            )
         # TarInfo's own defaults name no owner, no machine and no time.
         member = tarfile.TarInfo(f"{sample.key}.{extension}")
         member.size = len(sample.members[extension])

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.catalog import Summary
 from data_pipeline.description import refuse_unfinished
-from data_pipeline.faults import BadSample, Found, PastShard, Tolerance, sample_name
+from data_pipeline.faults import BadSample, Found, PastShard, Tolerance
+from data_pipeline.headers import sample_name
 from data_pipeline.index import IMAGES, ShardIndex
 from data_pipeline.indexes import KEPT_INDEXES, Indexes, in_threads
 from data_pipeline.reader import Range, RangeReader

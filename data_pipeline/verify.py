@@ -17,7 +17,7 @@ from data_pipeline.description import (
     read_description,
     refuse_unfinished,
 )
-from data_pipeline.faults import sample_name
+from data_pipeline.headers import sample_name
 from data_pipeline.index import IMAGE_FILES, LATENT
 from data_pipeline.indexes import in_threads
 from data_pipeline.keep import RECORD, parse_record

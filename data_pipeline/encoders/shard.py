@@ -16,6 +16,7 @@ from data_pipeline.decode.decoder import decode_middle
 from data_pipeline.description import Shard
 from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.job import Done, Job
+from data_pipeline.headers import sample_name
 from data_pipeline.index import IMAGE_FILES, LATENT
 from data_pipeline.latents import POOLED, TEXT, write_array
 from data_pipeline.moments import Moments
@@ -107,7 +108,7 @@ def _ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
 
 def _load(job: Job, source: str, samples: list[Sample]) -> Loaded:
     """Images of a batch; where one is bad, of each sample alone, without the bad ones."""
-    names = [f"{source}: sample {sample.key}" for sample in samples]
+    names = [sample_name(source, sample.key) for sample in samples]
     try:
         for sample, name in zip(samples, names, strict=True):
             _require(job, sample, name)

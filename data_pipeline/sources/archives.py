@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from data_pipeline.description import Description, folder_of, read_description
+from data_pipeline.headers import sample_name
 from data_pipeline.index import ShardIndex, open_index
 from data_pipeline.keep import parse_json
 from data_pipeline.reader import Range, RangeReader
@@ -40,7 +41,7 @@ class TarSource:
             for key in index.keys.tolist():
                 if (other := seen.setdefault(key, index.url)) != index.url:
                     raise UserError(
-                        f"{index.url}: sample {key} is also in {other}; leave one of them out, or pack "
+                        f"{sample_name(index.url, key)} is also in {other}; leave one of them out, or pack "
                         "each shard into a folder of its own"
                     )
 
@@ -70,7 +71,7 @@ class TarSource:
         members = {index.extensions[c]: next(contents) for c in present}
         key = str(index.keys[row])
         if self.fields:
-            members |= self._from_json(members, f"{index.url}: sample {key}")
+            members |= self._from_json(members, sample_name(index.url, key))
         return Sample(key, members)
 
     def _from_json(self, members: dict[str, bytes], name: str) -> dict[str, bytes]:

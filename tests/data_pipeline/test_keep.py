@@ -105,18 +105,19 @@ def test_evaluation_sees_what_training_keeps(described):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (None, r"sample 7 has no \.json, which data\.keep looks into"),
-        (b"{", r"sample 7: its \.json is broken"),
-        (b"[1]", r"sample 7: its \.json holds no object"),
+        (None, r"sample 7\\x1b has no \.json, which data\.keep looks into"),
+        (b"{", r"sample 7\\x1b: its \.json is broken"),
+        (b"[1]", r"sample 7\\x1b: its \.json holds no object"),
     ],
 )
 def test_a_record_that_cannot_be_looked_into_is_named(tmp_path, record, message):
     members = []
     for n in range(9):
-        members += [(f"{n}.png", grey(n)), (f"{n}.cls", b"0")]
+        key = "7\x1b" if n == 7 else str(n)  # would drive a terminal
+        members += [(f"{key}.png", grey(n)), (f"{key}.cls", b"0")]
         text = record if n == 7 else b'{"x": 1}'
         if text is not None:
-            members.append((f"{n}.json", text))
+            members.append((f"{key}.json", text))
     url = write_tar(tmp_path / "bad.tar", members)
     with pytest.raises(UserError, match=rf"bad\.tar: {message}"):
         stream_of(url, keep={"x": [1]})
