@@ -14,6 +14,7 @@ from flows.metrics.manifold import precision_recall
 from flows.metrics.wasserstein import sliced_wasserstein
 
 CHUNK = 512
+NETWORK_CHUNK = 32  # images in one call of a network that somebody trained, which takes them large
 COMPONENTS = 32
 SAMPLES_A_FEATURE = 10  # fewer, and a Fréchet distance measures its own bias
 PROJECTIONS = 256
@@ -41,10 +42,14 @@ class Distances:
     count: int
 
 
-def distances(samples: Tensor, train: Tensor, heldout: Tensor, seed: int) -> Distances:
+def distances(
+    samples: Tensor, train: Tensor, heldout: Tensor, seed: int, own: Features | None = None
+) -> Distances:
     """Samples against held-out images beside training images against the same held-out images.
 
     The sets are cut to one size, at random by `seed`: every measure of finite sets depends on it.
+
+    own: features of a trained network, to measure by as well
     """
     count = min(len(samples), len(train), len(heldout))
     generator = torch.Generator().manual_seed(seed)
@@ -53,28 +58,43 @@ def distances(samples: Tensor, train: Tensor, heldout: Tensor, seed: int) -> Dis
         _as_saved(train), min(COMPONENTS, max(count // SAMPLES_A_FEATURE, 1))
     )
     convnet = random_convnet(samples.shape[1])
-    sets = {features.name: _features(features, made, real, unseen) for features in (pca, convnet)}
+    sets = {
+        features.name: _features(features, CHUNK, made, real, unseen) for features in (pca, convnet)
+    }
     flat = [images.flatten(1) for images in (made, real, unseen)]
     found = [
         _both("energy distance", lambda x, y: energy_distance(x, y, chunk=CHUNK), flat),
         _both(f"FD-{pca.name}", _frechet, sets[pca.name], least=2),
-        _both(
-            f"polynomial MMD of {convnet.name}",
-            lambda x, y: polynomial_mmd(x, y, chunk=CHUNK),
-            sets[convnet.name],
-            least=2,
-        ),
+        _kernel_distance(convnet.name, sets[convnet.name]),
         _both(
             "sliced Wasserstein distance",
             lambda x, y: sliced_wasserstein(x, y, projections=PROJECTIONS, seed=seed),
             flat,
         ),
     ]
-    for name, measure in (("precision", _precision), ("recall", _recall)):
-        found.append(
-            _both(f"{name} in {convnet.name}", measure, sets[convnet.name], least=NEIGHBOURS + 1)
-        )
+    found += _coverage(convnet.name, sets[convnet.name])
+    if own is not None:
+        of_own = _features(own, NETWORK_CHUNK, made, real, unseen)
+        enough = SAMPLES_A_FEATURE * of_own[0].shape[1]
+        found += [
+            _both(f"FD-{own.name}", _frechet, of_own, least=enough),
+            _kernel_distance(own.name, of_own),
+            *_coverage(own.name, of_own),
+        ]
     return Distances(found, count)
+
+
+def _kernel_distance(name: str, sets: list[Tensor]) -> Measure:
+    return _both(
+        f"polynomial MMD of {name}", lambda x, y: polynomial_mmd(x, y, chunk=CHUNK), sets, least=2
+    )
+
+
+def _coverage(name: str, sets: list[Tensor]) -> list[Measure]:
+    return [
+        _both(f"{what} in {name}", measure, sets, least=NEIGHBOURS + 1)
+        for what, measure in (("precision", _precision), ("recall", _recall))
+    ]
 
 
 def _both(
@@ -99,8 +119,8 @@ def _frechet(x: Tensor, y: Tensor) -> float:
     return frechet_distance(Moments.of(x), Moments.of(y))
 
 
-def _features(features: Features, *sets: Tensor) -> list[Tensor]:
-    return [features.of(images, chunk=CHUNK) for images in sets]
+def _features(features: Features, chunk: int, *sets: Tensor) -> list[Tensor]:
+    return [features.of(images, chunk=chunk) for images in sets]
 
 
 def _choose(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

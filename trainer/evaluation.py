@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.errors import UserError
+from flows.metrics.features import Features
 from trainer.bits import Bits
 from trainer.distances import Distances, distances
 
@@ -136,16 +137,18 @@ def evaluate(
     names: Sequence[str],
     seed: int,
     bits: Bits | None = None,
+    own: Features | None = None,
 ) -> Evaluation:
     """All judgements of `samples` that were asked to be of the classes `asked`.
 
     train, heldout: (images, labels) of real images
     bits: of the model, where it has a likelihood
+    own: see `trainer.distances.distances`
     """
     classifier = train_classifier(*train, *heldout)
     return Evaluation(
         classes=class_accuracy(classifier, samples, asked, names),
-        distances=distances(samples, train[0], heldout[0], seed),
+        distances=distances(samples, train[0], heldout[0], seed, own),
         bits=bits,
     )
 

@@ -1,7 +1,14 @@
 """The newest checkpoint of a run, judged against real images."""
 
+from pathlib import Path
+
+import torch
+
+from data_pipeline.encoders.vision import vision_features
 from data_pipeline.faults import read_past
 from flows.errors import UserError
+from flows.metrics.features import Features
+from flows.metrics.inception import inception_features
 from parallel.processes import Ranks
 from trainer.bits import heldout_bits, measured_objective
 from trainer.drawing import Samples
@@ -14,11 +21,19 @@ from trainer.trained import draw_together, load_trained
 
 
 def judge_run(
-    run: RunFolder, recipe: Recipe, count: int, *, batch: int, ranks: Ranks
+    run: RunFolder,
+    recipe: Recipe,
+    count: int,
+    *,
+    batch: int,
+    ranks: Ranks,
+    features: Path | None = None,
 ) -> tuple[Samples, Evaluation] | None:
     """`count` samples, classes in turn, beside the recipe's training and held-out images.
 
     A collective: ranks share the drawing, `batch` samples at a time, and the first one judges.
+
+    features: see `open_features`
 
     Raises UserError if the recipe names no held-out shards, or prompts, or the run has no whole
     checkpoint.
@@ -34,6 +49,7 @@ def judge_run(
         )
     # Shards that are missing are told of before anything is drawn; held-out ones may be named by hand.
     first = ranks.rank == 0
+    own = open_features(features, ranks.device) if first and features is not None else None
     heldout = read_real(recipe, [recipe.data.heldout], None) if first else None
     trained = load_trained(run, recipe, ranks.device, batch=min(batch, count))
     sources = [url for url, _ in recipe.data.sources]
@@ -50,5 +66,19 @@ def judge_run(
         (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
     )
     names = recipe.data.names
-    found = evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed, bits)
+    found = evaluate(samples.images, samples.labels, train, heldout, names, recipe.seed, bits, own)
     return samples, found
+
+
+def open_features(path: Path, device: torch.device) -> Features:
+    """Features of the trained network at `path`: a folder with a vision transformer, or a file with the
+    weights of Inception v3.
+
+    Raises UserError if it is neither.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there; --features takes a file with the weights of Inception v3, or the "
+            "folder of a DINOv2, ViT or CLIP vision encoder."
+        )
+    return (vision_features if path.is_dir() else inception_features)(path, device=device)

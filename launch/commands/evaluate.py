@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,12 @@ def evaluate(
     overrides: SampleOverrides = None,
     count: Annotated[int, typer.Option(min=10, help="Samples to draw.")] = 500,
     batch: BatchOption = 32,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Local weights to measure by too: Inception v3, or a DINOv2, ViT or CLIP."
+        ),
+    ] = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -44,7 +51,7 @@ def evaluate(
     recipe = with_overrides(recipe, overrides or [])
     start_ranks(folder, ranks)
     with joined() as here:
-        judged = judge_run(folder, recipe, count, batch=batch, ranks=here)
+        judged = judge_run(folder, recipe, count, batch=batch, ranks=here, features=features)
     if judged is None:
         return  # the first rank speaks for all
     samples, found = judged

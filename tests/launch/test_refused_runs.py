@@ -270,6 +270,11 @@ def test_nothing_to_judge_against(refused: Refused, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(judging, "draw_together", too_late)
     refused("evaluate", "runs/kept", says=("nowhere/heldout-000000.tar", "no shard"))
+    for path, says in {
+        "nothing": "nothing is not there",
+        "runs": "runs: is no folder with a config",
+    }.items():
+        refused("evaluate", "runs/kept", "--features", path, says=(says,))
 
 
 @pytest.mark.parametrize(

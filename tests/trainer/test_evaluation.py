@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flows.dequantisation import Levels, uniform_in_bin
 from flows.errors import UserError
+from flows.metrics.features import low_frequencies
 from flows.models.flow import FlowOutput
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
@@ -127,6 +128,23 @@ def test_too_few_samples_are_said_to_be(digits: tuple[Tensor, Tensor]) -> None:
     found = distances(images[:3], images[300:1300], images[1300:1500], 0)
     unsaid = [measure.name for measure in found.measures if measure.samples is None]
     assert [name.split()[0] for name in unsaid] == ["precision", "recall"]
+
+
+def test_a_network_of_ones_own_measures_beside_the_others(digits: tuple[Tensor, Tensor]) -> None:
+    images, _ = digits
+    sets = images[:200], images[300:1300], images[1300:1500]
+    alone = distances(*sets, 0)
+    found = distances(*sets, 0, low_frequencies(20))
+    assert found.measures[: len(alone.measures)] == alone.measures
+    added = {one.name: one for one in found.measures[len(alone.measures) :]}
+    assert list(added) == [
+        "FD-dct20", "polynomial MMD of dct20", "precision in dct20", "recall in dct20"
+    ]  # fmt: skip
+    assert all(of(found, name)[0] < math.inf for name in added)
+    negative = distances(-images[:200], *sets[1:], 0, low_frequencies(20))
+    assert of(negative, "FD-dct20")[0] > 10 * of(found, "FD-dct20")[0]
+    few = distances(images[:199], *sets[1:], 0, low_frequencies(20))
+    assert [one.name for one in few.measures if one.samples is None] == ["FD-dct20"]
 
 
 class Affine(torch.nn.Module):
