@@ -102,20 +102,20 @@ def _diagonal(v: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bits:
-    """bits: (batch,) float64 bits per dimension, a bound for discrete pixels; velocity_calls: see
-    `Density`."""
+    """bits: (batch,) float64 bits per dimension, a bound for discrete pixels, of a density for latents;
+    velocity_calls: see `Density`."""
 
     bits: Tensor
     velocity_calls: int
 
 
-def bits_of_pixels(
+def bits_of_data(
     velocity: Velocity,
-    image: Tensor,
+    x: Tensor,
     condition: Condition,
     samples: Tensor,
     *,
-    levels: Levels,
+    levels: Levels | None,
     dequantisation: Literal["uniform", "truncated_normal"],
     path: Path,
     times: Sequence[float],
@@ -123,24 +123,27 @@ def bits_of_pixels(
     divergence: Divergence,
     seed: int,
 ) -> Bits:
-    """-log2 P / D of discrete images, bounded by one draw of dequantisation noise for each.
+    """-log2 P / D of discrete images, bounded by one draw of dequantisation noise for each, or of a density.
 
     Flow matching is trained on the levels themselves and knows what is between them from the noise of
     its path alone. At a last time t < 1 its density is that of alpha_t data + sigma_t noise; the noise
     "truncated_normal" has just that shape, and "uniform" has not, which costs bits where sigma_t is
     small against a bin (Zheng et al. 2023, section 4.2).
 
-    image: (batch, ...) float32 in [-1, 1], on the levels
+    x: (batch, ...) float32, images in [-1, 1] on the levels
+    levels: None for latents, which have none: nothing fills their bins, and bits may be negative
     times: ascending; the last one < 1 for "truncated_normal"
     """
     end = torch.tensor(times[-1], dtype=torch.float64)
     c = path.coefficients(end)
     alpha, std = c.alpha.item(), (c.sigma / c.alpha).item()
     draw = Draw(seed, 0, samples)
-    if dequantisation == "uniform":
-        y, log_q = uniform_in_bin(image, levels, draw)
+    if levels is None:
+        y, log_q = x, x.new_zeros(len(x))
+    elif dequantisation == "uniform":
+        y, log_q = uniform_in_bin(x, levels, draw)
     elif std > 0:
-        y, log_q = truncated_normal_in_bin(image, levels, draw, std=std)
+        y, log_q = truncated_normal_in_bin(x, levels, draw, std=std)
     else:
         raise ValueError("at t = 1 there is no noise to fill a bin with; end before it")
     density = log_density(

@@ -7,13 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from flows.batch import Batch
+from flows.dequantisation import Levels, uniform_in_bin
+from flows.errors import UserError
+from flows.likelihood import bits_of_data
 from flows.metrics.mixture import gaussian_mixture_bits
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
-from trainer.assembly import build_likelihood
+from trainer.assembly import build_flow_matching, build_likelihood
+from trainer.drawing import velocity_of
 from trainer.flow_sections import LikelihoodSection
 from trainer.recipe import Recipe
+from trainer.velocity_sections import ObjectiveSection
 
+# Of images of 8 bits, where no recipe says how many there are.
+LEVELS = Levels(256, "around")
+# Images in one solve, whose steps suit the worst of them.
+SOLVED_AT_ONCE = 32
 COMPONENTS = 5  # of the mixture of Gaussians for each pixel
 BATCH = 256  # images in one network call: bounds memory, changes no figure
 
@@ -91,7 +100,6 @@ def heldout_bits(
         batch = Batch(images[ids], labels[ids], ids).to(device)
         ready = objective.prepare(batch, Draw(seed, 0, batch.position))
         found.append(objective.bits(model(**ready.inputs), variance).double().cpu())
-    bits = torch.cat(found)
     mixture = gaussian_mixture_bits(
         _with_noise(train, objective, seed, step=1),  # fitted to other noise than it is tried on
         _with_noise(images, objective, seed, step=0),
@@ -99,14 +107,86 @@ def heldout_bits(
         bin_width=objective.bin_width,
         seed=seed,
     )
-    noise = objective.noise
+    what = "images" if objective.levels else "latents"
+    return _beside(torch.cat(found), mixture, what, objective.noise)
+
+
+def check_solved(recipe: Recipe) -> None:
+    """Raises UserError for a model whose bits no differential equation tells, see `solved_bits`."""
+    section = recipe.objective
+    if isinstance(section, LikelihoodSection):
+        raise UserError(
+            f"model.family = {recipe.model.family} has a likelihood of its own, which is found for all "
+            "held-out images; leave --bits out."
+        )
+    if not isinstance(section, ObjectiveSection) or section.base.kind != "noise":
+        raise UserError(
+            "--bits follows a differential equation from data to noise, and this model has none; leave "
+            "it out."
+        )
+    if recipe.data.text is not None:
+        raise UserError(
+            "--bits tells a model the classes of held-out images, and this one reads captions; leave it out."
+        )
+
+
+def solved_bits(
+    model: nn.Module,
+    recipe: Recipe,
+    train: Tensor,
+    heldout: tuple[Tensor, Tensor],
+    count: int,
+) -> Bits:
+    """Bits per dimension of the first `count` held-out images, by the equation that a flow-matching model
+    samples with, and by mixtures of Gaussians.
+
+    Each with its class, without guidance; with one random vector for the divergence, and one draw of noise
+    that fills the bins of its pixels. The other arguments are those of `heldout_bits`.
+    """
+    objective, device = build_flow_matching(recipe), next(model.parameters()).device
+    support = objective.path.support(objective.prediction, sampling=True)
+    levels = None if recipe.data.latents else LEVELS
+    images, labels = (part[:count] for part in heldout)
+    found = [
+        bits_of_data(
+            velocity_of(model, objective),
+            images[ids].to(device),
+            {"label": labels[ids].to(device)},
+            ids.to(device),
+            levels=levels,
+            dequantisation="uniform",
+            path=objective.path,
+            times=[support.low, support.high],
+            solver="dopri5",
+            divergence="hutchinson",
+            seed=recipe.seed,
+        ).bits.cpu()
+        for ids in torch.arange(len(images)).split(SOLVED_AT_ONCE)
+    ]
+    fitted, tried = (
+        part if levels is None else _filled(part, levels, recipe.seed, step)
+        for step, part in ((1, train), (0, images))
+    )
+    width = 1.0 if levels is None else levels.width
+    mixture = gaussian_mixture_bits(
+        fitted, tried, components=COMPONENTS, bin_width=width, seed=recipe.seed
+    )
+    what = "latents" if levels is None else "images"
+    return _beside(torch.cat(found), mixture, what)
+
+
+def _filled(images: Tensor, levels: Levels, seed: int, step: int) -> Tensor:
+    return uniform_in_bin(images, levels, Draw(seed, step, torch.arange(len(images)))).y
+
+
+def _beside(bits: Tensor, mixture: Tensor, what: str, noise: float = 0.0) -> Bits:
     return Bits(
         model=bits.mean().item(),
         error=bits.std().item() / math.sqrt(len(bits)),
         mixture=mixture.mean().item(),
         components=COMPONENTS,
         count=len(bits),
-        what="images" if objective.levels else "latents",
+        what=what,
         noise=noise,
         least=0.5 * math.log2(2 * math.pi * math.e * noise**2) if noise else None,
     )

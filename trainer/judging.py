@@ -10,7 +10,7 @@ from flows.errors import UserError
 from flows.metrics.features import Features
 from flows.metrics.inception import inception_features
 from parallel.processes import Ranks
-from trainer.bits import heldout_bits, measured_objective
+from trainer.bits import check_solved, heldout_bits, measured_objective, solved_bits
 from trainer.drawing import Samples
 from trainer.evaluation import Evaluation, evaluate
 from trainer.latents import to_images
@@ -28,12 +28,14 @@ def judge_run(
     batch: int,
     ranks: Ranks,
     features: Path | None = None,
+    solved: int | None = None,
 ) -> tuple[Samples, Evaluation] | None:
     """`count` samples, classes in turn, beside the recipe's training and held-out images.
 
     A collective: ranks share the drawing, `batch` samples at a time, and the first one judges.
 
     features: see `open_features`
+    solved: held-out images whose bits are found by a flow-matching model's differential equation
 
     Raises UserError if the recipe names no held-out shards, or prompts, or the run has no whole
     checkpoint.
@@ -47,6 +49,8 @@ def judge_run(
         raise UserError(
             "sample.prompts ask for what no held-out image is beside; judge with sample.prompts=null."
         )
+    if solved is not None:
+        check_solved(recipe)
     # Shards that are missing are told of before anything is drawn; held-out ones may be named by hand.
     first = ranks.rank == 0
     own = open_features(features, ranks.device) if first and features is not None else None
@@ -62,6 +66,8 @@ def judge_run(
     if objective is not None:
         variance = trained.shared.variance_on(ranks.device)
         bits = heldout_bits(trained.model, objective, train[0], heldout, recipe.seed, variance)
+    elif solved is not None:
+        bits = solved_bits(trained.model, recipe, train[0], heldout, solved)
     train, heldout = (
         (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
     )

@@ -31,6 +31,13 @@ def evaluate(
             help="Local weights to measure by too: Inception v3, or a DINOv2, ViT or CLIP."
         ),
     ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Held-out images whose exact likelihood a flow-matching model is asked for.",
+        ),
+    ] = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -51,7 +58,9 @@ def evaluate(
     recipe = with_overrides(recipe, overrides or [])
     start_ranks(folder, ranks)
     with joined() as here:
-        judged = judge_run(folder, recipe, count, batch=batch, ranks=here, features=features)
+        judged = judge_run(
+            folder, recipe, count, batch=batch, ranks=here, features=features, solved=bits
+        )
     if judged is None:
         return  # the first rank speaks for all
     samples, found = judged

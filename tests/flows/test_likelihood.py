@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flows.dequantisation import Levels
 from flows.initialise import initialise
-from flows.likelihood import bits_of_pixels, end_that_fills, log_density
+from flows.likelihood import bits_of_data, end_that_fills, log_density
 from flows.models.dit import DiT, DiTConfig
 from flows.paths import path_named
 from flows.samplers.ode import solve_ode
@@ -216,7 +216,7 @@ def discrete_images(count: int, probability: Tensor) -> Tensor:
 
 
 def bits(velocity, image, levels, dequantisation, high, steps) -> Tensor:
-    return bits_of_pixels(
+    return bits_of_data(
         lambda x, t, _: velocity(x, t),
         image,
         {},

@@ -64,7 +64,7 @@ def test_two_ranks_judge_as_one_does(flowmill: Flowmill, place: Path) -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained("encoder")
     asked = ("evaluate", "runs/kept", "--count", "40", "--batch", "8", "--json")
-    asked += ("--features", "encoder")
+    asked += ("--features", "encoder", "--bits", "4")
     alone = flat(json.loads(flowmill(*asked).out))
     code, out, err = finish(start(*asked, "--ranks", "2"))
     assert code == 0, err
@@ -76,6 +76,7 @@ def test_two_ranks_judge_as_one_does(flowmill: Flowmill, place: Path) -> None:
         close = pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
         assert shared[name] == close, name
     assert any("accuracy" in name for name in alone)
+    assert alone[".bits.count"] == 4
     assert any(str(value).startswith("recall in dinov28-") for value in alone.values())
 
 
