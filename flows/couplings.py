@@ -55,10 +55,11 @@ class Coupling:
 
     def __call__(self, image: Tensor, noise: Tensor, draw: Draw) -> Coupled:
         """Couple a whole batch: image, noise (batch, ...); draw: of its samples."""
+        uniform, size = draw.uniform("coupling"), self.group or len(image)
         if self.kind == "weighted":
-            return Coupled(noise, gibbs_weights(image, noise, self.epsilon))
-        uniform = draw.uniform("coupling")
-        size = self.group or len(image)
+            pairs = zip(image.split(size), noise.split(size), strict=True)
+            weights = [gibbs_weights(*pair, self.epsilon) for pair in pairs]
+            return Coupled(noise, torch.cat(weights))
         chosen = [
             start + self._partners(image[start : start + size], noise[start : start + size], u)
             for start, u in zip(range(0, len(image), size), uniform.split(size), strict=True)

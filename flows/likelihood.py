@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from flows.dequantisation import Levels, truncated_normal_in_bin, uniform_in_bin
-from flows.paths import Path
+from flows.errors import UserError
+from flows.paths import Coefficients, Path
 from flows.randomness import Draw
 from flows.samplers.guidance import Condition, Velocity
 from flows.samplers.ode import OdeSolver, solve_ode
@@ -134,8 +135,7 @@ def bits_of_data(
     levels: None for latents, which have none: nothing fills their bins, and bits may be negative
     times: ascending; the last one < 1 for "truncated_normal"
     """
-    end = torch.tensor(times[-1], dtype=torch.float64)
-    c = path.coefficients(end)
+    c = _at_the_end(path, times)
     alpha, std = c.alpha.item(), (c.sigma / c.alpha).item()
     draw = Draw(seed, 0, samples)
     if levels is None:
@@ -161,13 +161,25 @@ def bits_of_data(
     return Bits(-nats / (dimensions * math.log(2)), density.velocity_calls)
 
 
+def _at_the_end(path: Path, times: Sequence[float]) -> Coefficients:
+    return path.coefficients(torch.tensor(times[-1], dtype=torch.float64))
+
+
 def end_that_fills(path: Path, levels: Levels, *, deviations: float) -> float:
     """The time at which half a bin is `deviations` standard deviations of sigma_t / alpha_t.
 
     At 3 the noise of one level has 0.3 % outside its bin: the density there is the level's own. Found
     by bisection, for sigma / alpha falls along every path.
+
+    Raises UserError for a path that leaves more noise in the data.
     """
     wanted = levels.width / 2 / deviations
+    last = _at_the_end(path, [1.0])
+    if (least := (last.sigma / last.alpha).item()) > wanted:
+        raise UserError(
+            f"the path ends with noise of {least:g} of the data, and half a bin of {levels.count} levels is "
+            f"{wanted:g} at {deviations:g} deviations; take fewer deviations, or uniform dequantisation."
+        )
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

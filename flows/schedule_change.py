@@ -45,11 +45,20 @@ def change_of_schedule(source: Path, target: Path, r: Tensor, dimensions: int) -
     alpha and sigma of both paths are in proportion at t(r), so s, s' and t' follow from lengths and
     products of (alpha, sigma), which are never 0, and t' = Delta_target / (Delta_source s^2).
 
+    Where `target` is nearer to noise or data than `source` ever is, t(r) stays at the end of the times at
+    which the network has a velocity.
+
     r: (batch,) or () times; computed in float64
     dimensions: axes of the samples that the result meets
     """
     ours = target.coefficients(r.to(torch.float64), dimensions)
-    time = source.time_at(ours.alpha / ours.sigma)
+    support = source.support("velocity", sampling=True)
+    low, high = (
+        source.coefficients(torch.tensor(end, dtype=torch.float64, device=r.device))
+        for end in (support.low, support.high)
+    )
+    ratio = (ours.alpha / ours.sigma).clamp(low.alpha / low.sigma, high.alpha / high.sigma)
+    time = source.time_at(ratio).clamp(support.low, support.high)
     theirs = source.coefficients(time.flatten() if r.dim() else time, dimensions)
     squared = theirs.alpha.square() + theirs.sigma.square()
     scale = torch.sqrt((ours.alpha.square() + ours.sigma.square()) / squared)

@@ -60,7 +60,8 @@ class InversionSection(AnySampling):
     annealed: bool = Field(False, description="guidance grows along the tokens, to its full weight")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="of the attention that guidance leads away from; not 1: without classes, too",
+        description="of the attention that guidance leads away from, where sample.guidance is not 0; not 1: "
+        "models without classes are guided, too",
     )
     strategy: Literal["sequential", "jacobi", "gs_jacobi", "sliding", "auto"] = Field(
         "sequential",
@@ -89,6 +90,10 @@ class InversionSection(AnySampling):
     @property
     def guided(self) -> bool:
         return self.guidance != NO_GUIDANCE
+
+    @property
+    def remedy(self) -> str:
+        return "see docs/models.md on model.clip"
 
     def in_words(self) -> str:
         return f"{self.strategy}, guidance {self.guidance:g}"

@@ -57,6 +57,11 @@ class AnySampling(Section):
         """Whether samples are drawn with guidance, which needs a model that saw hidden labels."""
         raise TypeError(f"{type(self).__name__} does not say what guidance is")
 
+    @property
+    def remedy(self) -> str:
+        """What to do about samples that are not finite."""
+        return "lower sample.guidance, or train for longer"
+
     def in_words(self) -> str:
         """How samples are drawn, as far as one line holds it."""
         raise TypeError(f"{type(self).__name__} does not say how it samples")

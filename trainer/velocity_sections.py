@@ -17,7 +17,9 @@ class TimeSection(Section):
     mode_scale: Annotated[float, Field(ge=-1.0, le=1.75)] = Field(
         1.29, description="mode: above 0 more of the middle of the path, below 0 more of its ends"
     )
-    steepness: Above0 = Field(4.0, description="u_shaped: the greater, the more of both ends")
+    steepness: Annotated[float, Field(gt=0.0, le=1000.0)] = Field(
+        4.0, description="u_shaped: the greater, the more of both ends"
+    )
     shift: Above0 = Field(1.0, description="< 1 moves times towards the noise")
     stratified: bool = Field(
         False, description="a step draws one time from each of train.batch equal parts"
@@ -38,7 +40,7 @@ class CouplingSection(Section):
         "dimensions; null: 2 objective.bridge^2",
     )
     group: Annotated[int, Field(ge=0)] = Field(
-        0, description="samples coupled among themselves; 0: the whole batch"
+        0, description="samples coupled, or weighted, among themselves; 0: the whole batch"
     )
 
     @property
@@ -162,7 +164,8 @@ class SampleSection(AnySampling):
 
     def in_words(self) -> str:
         steps = self.steps if self.times is None else len(self.times) - 1
-        return f"{self.solver}, {steps} steps, guidance {self.guidance:g}"
+        taken = "" if self.solver == "dopri5" else f"{steps} steps, "
+        return f"{self.solver}, {taken}guidance {self.guidance:g}"
 
     @model_validator(mode="after")
     def _an_interval(self) -> "SampleSection":

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flows.metrics.sets import check_sets
+
 
 def energy_distance(x: Tensor, y: Tensor, *, chunk: int) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| with Euclidean distances, in float64.
@@ -15,7 +17,9 @@ def energy_distance(x: Tensor, y: Tensor, *, chunk: int) -> float:
 
     x: (n, ...), y: (m, ...) of the same shape but for the number of samples
     chunk: rows of the distance matrix held at a time
+    Raises ValueError for a set of none.
     """
+    check_sets(x, y)
     x, y = x.flatten(1).double(), y.flatten(1).double()
     # Distances do not change, and the products below cancel less.
     center = torch.cat((x, y)).mean(dim=0)

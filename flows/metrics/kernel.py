@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flows.metrics.sets import check_sets
+
 # Bandwidths of the mixture, in medians of the distance between two samples.
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Samples of each set that the median is taken from.
@@ -47,7 +49,11 @@ def polynomial_mmd(x: Tensor, y: Tensor, *, chunk: int) -> float:
 
 
 def median_distance(x: Tensor, y: Tensor) -> float:
-    """Median distance between different samples of both sets, from some of them evenly chosen."""
+    """Median distance between different samples of both sets, from some of them evenly chosen.
+
+    Raises ValueError for a set of none, or where the median is 0.
+    """
+    check_sets(x, y)
     some = torch.cat([part[:: -(-len(part) // MEDIAN_SAMPLES)] for part in (_flat(x), _flat(y))])
     median: float = torch.pdist(some).median().item()
     if median == 0:

@@ -5,6 +5,7 @@ large as the distance to the k-th nearest other member. Naeem et al. 2020: densi
 moved by outliers among the real data.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ def precision_recall(samples: Tensor, real: Tensor, *, neighbours: int, chunk: i
     """samples: (n, d) features, real: (m, d); each more than `neighbours` (3 as published).
 
     chunk: rows of the distance matrix held at a time
+    All are nan where a number of either set is not finite.
     Raises ValueError if there are too few.
     """
     if min(len(samples), len(real)) <= neighbours:
@@ -35,6 +37,8 @@ def precision_recall(samples: Tensor, real: Tensor, *, neighbours: int, chunk: i
             f"{neighbours} neighbours of each need more than {len(samples)} and {len(real)} features"
         )
     samples, real = samples.flatten(1).double(), real.flatten(1).double()
+    if not (samples.isfinite().all() and real.isfinite().all()):
+        return Manifold(math.nan, math.nan, math.nan, math.nan)
     around_real = _radii(real, neighbours, chunk)
     around_samples = _radii(samples, neighbours, chunk)
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)

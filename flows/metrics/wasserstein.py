@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flows.metrics.sets import check_sets
 from flows.randomness import Draw
 
 
@@ -13,7 +14,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int, seed: int) -> 
 
     x: (n, ...), y: (m, ...) of the same shape but for the number of samples; the counts may differ
     projections: random unit directions, the same for a seed on every device
+    Raises ValueError for a set of none.
     """
+    check_sets(x, y)
     x, y = x.flatten(1).double(), y.flatten(1).double()
     index = torch.arange(projections, device=x.device)
     directions = Draw(seed, 0, index).normal("sliced_wasserstein", (x.shape[1],)).double()
@@ -42,10 +45,13 @@ def exact_wasserstein(x: Tensor, y: Tensor) -> float:
 
     By assignment, which takes the cube of n: for at most a few thousand samples.
 
-    x, y: (n, ...) of the same shape; raises ValueError if it is not
+    x, y: (n, ...) of the same shape, finite; raises ValueError if they are not
     """
     from scipy.optimize import linear_sum_assignment
 
+    check_sets(x, y)
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("samples with a number that is not finite make no pairs")
     if x.shape != y.shape:
         raise ValueError(f"samples of shape {tuple(x.shape)} and {tuple(y.shape)} make no pairs")
     cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()).square()

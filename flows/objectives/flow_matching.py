@@ -24,7 +24,7 @@ from flows.objectives.conditions import hidden, kept_conditions
 from flows.objectives.losses import LossShape, compare, misalignment
 from flows.objectives.objective import Couple, Prepared
 from flows.objectives.output_mask import OutputMask
-from flows.paths import Interpolation, Path, Prediction, TimeSupport, brownian_bridge
+from flows.paths import LINEAR, Interpolation, Path, Prediction, TimeSupport, brownian_bridge
 from flows.randomness import Draw
 from flows.routed import Mixed
 from flows.times import TimeDistribution
@@ -51,7 +51,9 @@ class FlowMatching:
     bridge: sigma of a Brownian bridge about the path; 0 is none. With an `entropic` coupling of epsilon
         2 sigma^2 the flow is that of the Schroedinger bridge (Tong et al. 2024, SB-CFM)
     contrast: lambda of - lambda | v - u' |^2, u' the target of another sample of the global batch
-        (Stoica et al. 2025, "Contrastive flow matching"); the best v is (v* - lambda E u') / (1 - lambda)
+        (Stoica et al. 2025, "Contrastive flow matching"), as a mean over samples of which some labels are
+        hidden: lambda is contrast / (1 - label_drop) for the others. The best v is
+        (v* - lambda E u') / (1 - lambda)
     base: what paths begin at, made of the image; None for noise
     boundary: what makes the velocity exact at the ends
     alignment: weight of the misalignment with `features` (batch, tokens, width) of the batch's extras,
@@ -75,22 +77,12 @@ class FlowMatching:
     output_mask: OutputMask | None = None
 
     def __post_init__(self) -> None:
-        straight = self.path.name == "linear" and self.prediction == "velocity"
-        if (self.bridge or self.boundary or self.base) and not straight:
-            key = "bridge" if self.bridge else "boundary" if self.boundary else "base"
-            raise UserError(
-                f"objective.{key} is for velocities on the linear path; set objective.path=linear and "
-                f"objective.prediction=velocity, or drop objective.{key}."
-            )
+        _check_path(self)
+        _check_square(self)
         if self.base and (self.coupling or self.bridge or self.contrast or self.boundary):
             raise UserError(
                 "objective.base makes the noise of an image of the image itself, which cannot be "
                 "coupled, bridged, contrasted or known at the ends; drop objective.base or the others."
-            )
-        if self.contrast and self.shape != "squared":
-            raise UserError(
-                f"objective.contrast = {self.contrast:g} pushes squared errors apart, and "
-                f"objective.loss = {self.shape} is another loss; set objective.loss=squared."
             )
 
     @property
@@ -222,17 +214,56 @@ class FlowMatching:
         """Another sample for each of the samples `own`.
 
         A sample whose label is hidden is to be like any other, so it is pushed from none, and the
-        others harder by as much: the mean of lambda over the batch stays.
+        others harder by as much. By their expected share, for few that a batch happens to show would be
+        pushed harder than they are drawn.
         """
         other = other_samples(whole.label, own, draw.uniform("negative")[own])
         shown = ~hidden(draw, self.label_drop)
-        weight = self.contrast * len(whole) / shown.sum().clamp_min(1)
+        weight = self.contrast / (1.0 - self.label_drop)
         pushed = shown[own] & (other != own)
         return {
             "negative_image": whole.image[other],
             "negative_noise": noise[other],
             "negative_weight": torch.where(pushed, weight, 0.0).to(torch.float32),
         }
+
+
+def _check_path(objective: FlowMatching) -> None:
+    """UserError for what is known of the linear path alone."""
+    key = next((key for key in ("bridge", "boundary", "base") if getattr(objective, key)), None)
+    if key is None:
+        return
+    if objective.path.name != "linear" or objective.prediction != "velocity":
+        raise UserError(
+            f"objective.{key} is for velocities on the linear path; set objective.path=linear and "
+            f"objective.prediction=velocity, or drop objective.{key}."
+        )
+    if key != "bridge" and objective.path is not LINEAR:
+        raise UserError(
+            f"objective.sigma_min leaves noise in the data, and objective.{key} counts on paths that end "
+            f"at the data themselves; set objective.sigma_min=0, or drop objective.{key}."
+        )
+
+
+def _check_square(objective: FlowMatching) -> None:
+    """UserError for what is known of squared errors alone, or leaves them without a minimum."""
+    contrast, shape, weighting = objective.contrast, objective.shape, objective.weighting
+    if contrast and shape != "squared":
+        raise UserError(
+            f"objective.contrast = {contrast:g} pushes squared errors apart, and "
+            f"objective.loss = {shape} is another loss; set objective.loss=squared."
+        )
+    if contrast and contrast >= 1.0 - objective.label_drop:
+        raise UserError(
+            f"objective.contrast = {contrast:g} is not below 1 - objective.label_drop = "
+            f"{1.0 - objective.label_drop:g}, from where on the push apart outweighs the loss; lower it "
+            "(0.05 is usual)."
+        )
+    if weighting != "none" and shape != "squared":
+        raise UserError(
+            f"objective.weighting = {weighting} is the weight of a squared error, and objective.loss = "
+            f"{shape} is another loss; set objective.loss=squared or objective.weighting=none."
+        )
 
 
 def _features(batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flows.errors import UserError
 from flows.randomness import Draw
 from flows.samplers.ode import OdeSolver, VelocityField, solve_ode
 
@@ -14,8 +15,11 @@ def in_painting_start(image: Tensor, seen: Tensor, samples: Tensor, seed: int) -
 
     image: (batch, channels, height, width); seen: bool, of a shape that meets it
     samples: (batch,) int64 index of each sample, the key of its noise
+
+    Raises UserError for another kind of mask.
     """
     noise = Draw(seed, 0, samples).normal("sample_noise", tuple(image.shape[1:]))
+    _check_mask(seen, image)
     return torch.where(seen, image, noise)
 
 
@@ -38,10 +42,24 @@ def complete(
 
     field: the velocity at (x, t), such as a `guidance.Field`
     times: from 0 to 1
+    seen: bool, of a shape that meets `start`; None: nothing stays
+
+    Raises UserError for a mask that is not.
     """
     if seen is None:
         return solve_ode(field, start, times, solver)
+    _check_mask(seen, start)
     hidden = (~seen).to(start.dtype)
     done = solve_ode(lambda x, t: field(x, t) * hidden, start, times, solver)
     # An adaptive solver interpolates its last step, which rounds.
     return torch.where(seen, start, done)
+
+
+def _check_mask(seen: Tensor, image: Tensor) -> None:
+    sizes = zip(reversed(seen.shape), reversed(image.shape), strict=False)
+    meets = seen.dim() <= image.dim() and all(own in (1, other) for own, other in sizes)
+    if seen.dtype != torch.bool or not meets:
+        raise UserError(
+            f"the mask `seen` is {seen.dtype} {tuple(seen.shape)}, beside images {tuple(image.shape)}; give "
+            "a torch.bool one that broadcasts to them, as (batch, 1, height, width)."
+        )

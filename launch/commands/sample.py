@@ -99,6 +99,7 @@ def sample(
     from trainer.trained import load_trained
 
     folder, recipe = open_run(run)
+    _check_twice(overrides or [], prompt, optimise_steps)
     asked = [f"sample.prompts={json.dumps(prompt, ensure_ascii=False)}"] if prompt else []
     recipe = with_overrides(recipe, [*(overrides or []), *asked])
     if recipe.sample.prompts:
@@ -124,6 +125,18 @@ def sample(
     if form == "grid" and out is None:
         _send(folder, trained.recipe, Path(place))
     _print(trained, count, place, result, as_json)
+
+
+def _check_twice(
+    overrides: list[str], prompt: list[str] | None, optimise_steps: int | None
+) -> None:
+    """Raises UserError for what an option and an override say differently."""
+    for option, given, key in (
+        ("--prompt", prompt, "sample.prompts"),
+        ("--optimise-steps", optimise_steps, "sample.times"),
+    ):
+        if given is not None and any(change.startswith(f"{key}=") for change in overrides):
+            raise UserError(f"{option} sets {key}, which is given, too; leave one of them out.")
 
 
 def _check_place(form: str, place: str, numbers: bool) -> None:
@@ -221,7 +234,7 @@ def _print(
         rest = f" and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
         plain(stderr=True, soft_wrap=True).print(
             f"not finite, and black as pictures: {len(broken)} of {count} samples, number {listed}{rest}; "
-            "leave them out, or see docs/models.md on model.clip",
+            f"leave them out, or {recipe.sample.remedy}",
             highlight=False,
         )
 

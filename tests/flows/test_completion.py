@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flows.bases import Inpainting, SuperResolution
+from flows.errors import UserError
 from flows.randomness import Draw
 from flows.samplers.completion import complete, in_painting_start, super_resolution_start
 
@@ -21,6 +22,14 @@ def test_what_is_seen_keeps_its_bits(solver):
     seen = seen.expand_as(IMAGE)
     assert torch.equal(done[seen], IMAGE[seen])
     assert (done[~seen] != start[~seen]).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(5, 1, 8, 8), torch.ones(5, 8, 8, dtype=torch.bool)])
+def test_a_mask_that_is_none_is_refused(wrong):
+    with pytest.raises(UserError, match=r"give a torch\.bool one that broadcasts"):
+        complete(lambda x, _: x, IMAGE, [0.0, 1.0], "euler", seen=wrong)
+    with pytest.raises(UserError, match=r"give a torch\.bool one that broadcasts"):
+        in_painting_start(IMAGE, wrong, SAMPLES, seed=3)
 
 
 def test_completion_of_a_known_law():

@@ -255,6 +255,14 @@ def test_others_of_one_class_are_any_others():
     assert alone.tolist() == [0]
 
 
+def test_weights_are_those_of_a_group_by_itself():
+    data, noise = sets(12)
+    groups = Coupling("weighted", 2.0, 5)(data, noise, Draw(7, 0, torch.arange(12))).weight
+    alone = [gibbs_weights(*pair, 2.0) for pair in zip(data.split(5), noise.split(5), strict=True)]
+    assert torch.equal(groups, torch.cat(alone))
+    assert not torch.allclose(groups, gibbs_weights(data, noise, 2.0))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", [*KINDS, "weighted"])

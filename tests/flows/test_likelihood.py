@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from flows.dequantisation import Levels
+from flows.errors import UserError
 from flows.initialise import initialise
 from flows.likelihood import bits_of_data, end_that_fills, log_density
 from flows.models.dit import DiT, DiTConfig
-from flows.paths import path_named
+from flows.paths import linear, path_named
 from flows.samplers.ode import solve_ode
 from flows.samplers.sampler import time_grid
 
@@ -292,3 +293,8 @@ def test_at_the_very_end_there_is_no_noise_to_fill_bins_with() -> None:
     image = torch.zeros(2, 1, 2, 2)
     with pytest.raises(ValueError, match="end before it"):
         bits(gaussian_velocity(LINEAR, 0.0, 1.0), image, levels, "truncated_normal", 1.0, 2)
+
+
+def test_a_path_that_never_has_so_little_noise_is_refused() -> None:
+    with pytest.raises(UserError, match=r"ends with noise of 0\.5 of the data"):
+        end_that_fills(linear(0.5), Levels(256, "around"), deviations=3)

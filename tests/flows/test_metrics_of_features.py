@@ -1,6 +1,7 @@
 """Distances of features: closed forms, definitions, determinism, and sets that come in parts."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from flows.batch import Batch
 from flows.dequantisation import Levels
+from flows.metrics.energy import energy_distance
 from flows.metrics.features import (
     cosines,
     low_frequencies,
@@ -21,7 +23,7 @@ from flows.metrics.frechet import Moments, frechet_distance
 from flows.metrics.kernel import BANDWIDTHS, gaussian_mmd, median_distance, polynomial_mmd
 from flows.metrics.manifold import precision_recall
 from flows.metrics.mixture import gaussian_mixture_bits
-from flows.metrics.wasserstein import exact_wasserstein
+from flows.metrics.wasserstein import exact_wasserstein, sliced_wasserstein
 from flows.objectives.likelihood import Likelihood
 from flows.randomness import Draw
 
@@ -127,6 +129,30 @@ def test_a_number_that_is_not_finite_makes_no_distance() -> None:
     x = gaussian(20, 3)
     x[3, 1] = float("nan")
     assert math.isnan(frechet(x, gaussian(20, 3)))
+
+
+def test_a_number_that_is_not_finite_lies_in_no_manifold() -> None:
+    x, y = gaussian(20, 3), gaussian(20, 3)
+    y[3, 1] = float("nan")
+    for found in (precision_recall(*pair, neighbours=3, chunk=7) for pair in ((x, y), (y, x))):
+        assert all(math.isnan(value) for value in vars(found).values())
+    with pytest.raises(ValueError, match="not finite make no pairs"):
+        exact_wasserstein(x, y)
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        partial(energy_distance, chunk=4),
+        partial(sliced_wasserstein, projections=4, seed=0),
+        partial(gaussian_mmd, chunk=4),
+        exact_wasserstein,
+    ],
+)
+def test_nothing_is_near_no_samples(distance) -> None:
+    for sets in ((gaussian(0, 3), gaussian(9, 3)), (gaussian(9, 3), gaussian(0, 3))):
+        with pytest.raises(ValueError, match="has no meaning; give some of each"):
+            distance(*sets)
 
 
 def test_exact_wasserstein_finds_the_best_pairing() -> None:

@@ -14,7 +14,7 @@ from flows.errors import UserError
 from flows.objectives.boundary import Boundary
 from flows.objectives.flow_matching import FlowMatching
 from flows.objectives.losses import compare, misalignment
-from flows.paths import LINEAR, PATHS, path_named
+from flows.paths import LINEAR, PATHS, linear, path_named
 from flows.randomness import Draw
 from flows.times import TimeDistribution
 
@@ -159,10 +159,10 @@ def test_hidden_labels_are_not_contrasted_and_the_rest_weighs_more():
     assert 0 < hidden.sum() < WHOLE
     weight = joined.extras["negative_weight"]
     assert (weight[hidden] == 0).all()
-    assert torch.allclose(weight[~hidden], torch.tensor(0.05 * WHOLE / int((~hidden).sum())))
-    assert weight.mean().item() == pytest.approx(0.05, rel=1e-6)
-    everything = objective(contrast=0.05, label_drop=1.0)
-    assert (coupled(everything, samples).extras["negative_weight"] == 0).all()
+    # By the share that is hidden in the mean, not in this batch: no push outweighs the loss by chance.
+    assert torch.allclose(weight[~hidden], torch.tensor(0.05 / (1 - 0.4)))
+    most = objective(contrast=0.59, label_drop=0.4)
+    assert coupled(most, samples).extras["negative_weight"].max() < 1
 
 
 def test_the_minimum_of_the_contrastive_loss():
@@ -328,6 +328,10 @@ def test_super_resolution_begins_at_the_coarse_image():
         ({"base": Inpainting(2, 0.5), "path": path_named("vp")}, "objective.base is for"),
         ({"base": Inpainting(2, 0.5), "contrast": 0.1}, "drop objective.base or the others"),
         ({"contrast": 0.1, "shape": "pseudo_huber"}, "set objective.loss=squared"),
+        ({"contrast": 0.6, "label_drop": 0.4}, "objective.contrast = 0.6 is not below .* = 0.6"),
+        ({"weighting": "velocity", "shape": "squared_cosine"}, "set .*objective.weighting=none"),
+        ({"base": Inpainting(2, 0.5), "path": linear(0.5)}, "set objective.sigma_min=0"),
+        ({"boundary": Boundary(2.0, None), "path": linear(0.5)}, "set objective.sigma_min=0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):

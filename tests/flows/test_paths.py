@@ -350,6 +350,26 @@ def test_a_velocity_changes_its_schedule(source, target):
     assert torch.allclose(moved, gaussian_velocity(target)(x, r), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("source", "target"), itertools.permutations([*PATHS.values(), linear(0.3)], 2)
+)
+def test_a_velocity_is_asked_at_no_time_it_has_not(source, target):
+    """At the ends of the other path, too, where the trained one may hold less noise, or less data."""
+    own, asked = source.support("velocity", sampling=True), []
+
+    def velocity(x, t):
+        asked.append(t)
+        return gaussian_velocity(source)(x, t)
+
+    ends = target.support("velocity", sampling=True)
+    near = torch.tensor([0.0, 1e-6, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-6, 1.0], dtype=torch.float64)
+    moved = reschedule(velocity, source, target)(torch.ones(7, 4).double(), ends.rescale(near))
+    assert moved.isfinite().all()
+    (times,) = asked
+    assert own.low <= times.min()
+    assert times.max() <= own.high
+
+
 def test_a_change_of_schedule_is_finite_at_the_ends():
     ends = torch.tensor([0.0, 1.0])
     change = change_of_schedule(LINEAR, GVP, ends, 2)

@@ -240,6 +240,8 @@ def test_steps_that_cannot_be_chosen_are_refused(
     assert "trajectories" not in flowmill(*asked, "101").err, "they take long"
     says = ("sample.solver = dopri5", "drop --optimise-steps")
     refused(*asked, "3", "sample.solver=dopri5", says=says)
+    says = ("--optimise-steps sets sample.times", "leave one of them out")
+    refused(*asked, "3", "sample.times=[0,0.5,1]", says=says)
 
 
 def test_more_ranks_than_the_launcher_started_are_refused(

@@ -244,6 +244,11 @@ def test_published_sizes_say_their_heads() -> None:
             r"tensor x_embedder\.proj\.weight is \[64, 16\], and sit has 4 dimensions",
         ),
         (lambda s: s | {"epoch": 3}, {"heads": 4}, r"epoch \(int\) is no tensor"),
+        (
+            lambda s: s | {"y_embedder.embedding_table.weight": torch.ones(1, 64)},
+            {"heads": 4},
+            r"y_embedder\.embedding_table\.weight has 1 row, .* that of no class",
+        ),
     ],
 )
 def test_what_a_sit_file_may_not_be_is_said(change, facts, sentence) -> None:

@@ -104,6 +104,7 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
             "no torch file, or a damaged one|pickle",
         ),
         "empty.pt": (b"", "no torch file, or a damaged one"),
+        "empty.safetensors": (b"", "damaged safetensors file"),
         "torn.safetensors": (b"\x10\0\0\0\0\0\0\0{not json", "damaged safetensors file"),
         "torn.npz": (b"PK\x03\x04 and no more", "its list of contents is missing"),
     }

@@ -140,4 +140,5 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads(Path("made/dataset.json").read_text())["class_names"] == ["cat", "dog"]
     # A folder of these is not one of others.
     assert call("sample", "run", "--prompt", "cat", "--form", "shards", "--out", "made") == 2
+    assert call("sample", "run", "--prompt", "cat", "sample.prompts=[dog]") == 2
     assert call("evaluate", "run", "--count", "10") == 2

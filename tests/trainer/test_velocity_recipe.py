@@ -11,6 +11,7 @@ from flows.objectives.boundary import Boundary
 from flows.paths import linear, polynomial
 from tests.trainer import runs
 from trainer.assembly import build_flow_matching, plan
+from trainer.recipe import load_recipe
 
 FOLDER = Path("runs/never")
 
@@ -67,6 +68,7 @@ def test_the_plan_of_a_bridge_fits_it():
         (["objective.coupling.kind=stable", "sample.solver=sde"], "use another solver"),
         (["objective.bridge=0.3", "objective.path=gvp"], "objective.bridge is for velocities"),
         (["objective={contrast: 0.1, loss: pseudo_huber}"], "set objective.loss=squared"),
+        (["objective.time={kind: u_shaped, steepness: 2000}"], "steepness = 2000"),
         (["objective.contrast=1"], "objective.contrast = 1 must be below 1"),
         (["objective.alignment=0.5"], "which no shards hold; set objective.alignment=0"),
     ],
@@ -82,3 +84,10 @@ def test_a_run_with_coupled_samples_and_negatives(tmp_path):
     assert outcome.finished
     seconds = runs.lines(tmp_path / "run")[-1]["seconds"]
     assert seconds["couple"] > 0
+
+
+def test_a_solver_that_takes_its_own_steps_is_not_said_to_take_others():
+    recipe = load_recipe("digits8", ["sample.solver=dopri5", "sample.steps=2"])
+    assert recipe.sample.in_words() == f"dopri5, guidance {recipe.sample.guidance:g}"
+    assert "sample.guidance" in recipe.sample.remedy
+    assert "model.clip" in load_recipe("tarflow_bits", []).sample.remedy

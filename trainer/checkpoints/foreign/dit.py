@@ -36,7 +36,7 @@ from trainer.checkpoints.foreign.source import (
 )
 
 PUBLISHED_HEADS = {(width, depth): heads for width, depth, heads in (BIG | BIGGER).values()}
-POSITION = "pos_embed"
+POSITION, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 COSINES, SINES = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
 
 
@@ -45,12 +45,18 @@ def read_plain(contents: Contents, told: Told, *, time: str) -> Findings:  # noq
     width, channels, patch, _ = contents.shape("x_embedder.proj.weight", 4)
     depth = contents.count("blocks.{}.attn.qkv.weight")
     outputs, _ = contents.shape("final_layer.linear.weight", 2)
+    rows, _ = contents.shape(LABELS, 2)
+    if rows < 2:
+        raise UserError(
+            f"{LABELS} has {rows} row, and the last is that of no class, so that the file knows none; "
+            "give a file of a model with classes."
+        )
     found: dict[str, Any] = {
         "patch": patch,
         "channels": channels,
         "width": width,
         "depth": depth,
-        "classes": contents.shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        "classes": rows - 1,
         "learn_sigma": outputs == 2 * patch**2 * channels,
     }
     if POSITION in contents:
@@ -123,7 +129,7 @@ def first_moves(patch: int) -> list[Move]:
         same("x_embedder.proj.bias", "patches.bias"),
         *linear("t_embedder.mlp.0", "time.up"),
         *linear("t_embedder.mlp.2", "time.out"),
-        same("y_embedder.embedding_table.weight", "label.weight"),
+        same(LABELS, "label.weight"),
     ]
 
 

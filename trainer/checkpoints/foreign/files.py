@@ -84,10 +84,10 @@ def _check_values(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, source: str) -> Any:
-    """By what the file begins with, whatever it is called."""
+    """By what the file begins with, whatever it is called; safetensors by either."""
     with path.open("rb") as stream:
         start = stream.read(9)
-    if start[8:9] == b"{":
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
     if not start.startswith(ZIP):
         return _read_torch(path)
