@@ -1,6 +1,7 @@
 """How well a normalizing flow predicts images it never saw, in bits per dimension."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,19 +137,23 @@ def solved_bits(
     train: Tensor,
     heldout: tuple[Tensor, Tensor],
     count: int,
+    report: Callable[[int, int], None],
 ) -> Bits:
     """Bits per dimension of the first `count` held-out images, by the equation that a flow-matching model
     samples with, and by mixtures of Gaussians.
 
     Each with its class, without guidance; with one random vector for the divergence, and one draw of noise
     that fills the bins of its pixels. The other arguments are those of `heldout_bits`.
+
+    report: called with how many images are done, and how many there are
     """
     objective, device = build_flow_matching(recipe), next(model.parameters()).device
     support = objective.path.support(objective.prediction, sampling=True)
     levels = None if recipe.data.latents else LEVELS
     images, labels = (part[:count] for part in heldout)
-    found = [
-        bits_of_data(
+    found = []
+    for ids in torch.arange(len(images)).split(SOLVED_AT_ONCE):
+        solved = bits_of_data(
             velocity_of(model, objective),
             images[ids].to(device),
             {"label": labels[ids].to(device)},
@@ -160,9 +165,9 @@ def solved_bits(
             solver="dopri5",
             divergence="hutchinson",
             seed=recipe.seed,
-        ).bits.cpu()
-        for ids in torch.arange(len(images)).split(SOLVED_AT_ONCE)
-    ]
+        )
+        found.append(solved.bits.cpu())
+        report(int(ids[-1]) + 1, len(images))
     fitted, tried = (
         part if levels is None else _filled(part, levels, recipe.seed, step)
         for step, part in ((1, train), (0, images))

@@ -1,5 +1,6 @@
 """The newest checkpoint of a run, judged against real images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def judge_run(
     *,
     batch: int,
     ranks: Ranks,
+    report: Callable[[int, int], None],
     features: Path | None = None,
     solved: int | None = None,
 ) -> tuple[Samples, Evaluation] | None:
@@ -36,6 +38,7 @@ def judge_run(
 
     features: see `open_features`
     solved: held-out images whose bits are found by a flow-matching model's differential equation
+    report: called with how many of these are done, and how many there are
 
     Raises UserError if the recipe names no held-out shards, or prompts, or the run has no whole
     checkpoint.
@@ -67,7 +70,7 @@ def judge_run(
         variance = trained.shared.variance_on(ranks.device)
         bits = heldout_bits(trained.model, objective, train[0], heldout, recipe.seed, variance)
     elif solved is not None:
-        bits = solved_bits(trained.model, recipe, train[0], heldout, solved)
+        bits = solved_bits(trained.model, recipe, train[0], heldout, solved, report)
     train, heldout = (
         (to_images(recipe, data, ranks.device), labels) for data, labels in (train, heldout)
     )

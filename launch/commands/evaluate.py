@@ -15,6 +15,7 @@ from launch.commands.sample import (
     SampleOverrides,
     how_drawn,
     how_in_words,
+    reporter,
 )
 from launch.console import plain
 from launch.joined import RanksOption, joined, start_ranks
@@ -59,7 +60,14 @@ def evaluate(
     start_ranks(folder, ranks)
     with joined() as here:
         judged = judge_run(
-            folder, recipe, count, batch=batch, ranks=here, features=features, solved=bits
+            folder,
+            recipe,
+            count,
+            batch=batch,
+            ranks=here,
+            report=reporter(here.rank, "images whose likelihood is found"),
+            features=features,
+            solved=bits,
         )
     if judged is None:
         return  # the first rank speaks for all

@@ -158,7 +158,7 @@ def _with_chosen_times(trained: "Trained", steps: int, batch: int) -> "Trained":
     from trainer.recipe import override_recipe
     from trainer.step_choice import choose_times
 
-    report = _reporter(0, "trajectories that tell which times to take")
+    report = reporter(0, "trajectories that tell which times to take")
     times = from_first(lambda: choose_times(trained, steps, batch=batch, report=report))
     return replace(trained, recipe=override_recipe(trained.recipe, [f"sample.times={times}"]))
 
@@ -184,14 +184,14 @@ def _draw_picture(
 def _write_files(trained: "Trained", order: "Order", here: "Ranks") -> dict[str, Any] | None:
     from trainer.sample_output import write_samples
 
-    written = write_samples(trained, order, here, _reporter(here.rank, "parts"))
+    written = write_samples(trained, order, here, reporter(here.rank, "parts"))
     if written is None:
         return None
     facts = {"folder": order.out, "made": written.made, "kept": written.kept}
     return facts | {"not_finite": written.broken, "network_calls": written.network_calls}
 
 
-def _reporter(rank: int, what: str) -> Callable[[int, int], None]:
+def reporter(rank: int, what: str) -> Callable[[int, int], None]:
     """Tells of a rank's progress on stderr, now and then: stdout is for the result.
 
     what: is counted

@@ -38,10 +38,14 @@ def own_bits(x: Tensor, labels: Tensor) -> float:
     return nats.mean().item() / math.log(2)
 
 
+def silent(_done: int, _of: int) -> None:
+    pass
+
+
 def test_bits_of_latents_are_those_of_their_density() -> None:
     labels = torch.arange(100) % 10
     x = data_of(labels)
-    found = solved_bits(Gaussian(), load_recipe("sit_emoji", []), x[40:], (x, labels), 40)
+    found = solved_bits(Gaussian(), load_recipe("sit_emoji", []), x[40:], (x, labels), 40, silent)
     assert found.model == pytest.approx(own_bits(x[:40], labels[:40]), abs=1e-4)
     assert (found.count, found.what, found.noise, found.least) == (40, "latents", 0.0, None)
 
@@ -51,7 +55,7 @@ def test_bits_of_images_count_their_levels() -> None:
     x = (
         (data_of(labels) + 1) * 127.5
     ).round() / 127.5 - 1  # on the levels, also of those beyond the last
-    found = solved_bits(Gaussian(), load_recipe("digits8", []), x[200:], (x, labels), 100)
+    found = solved_bits(Gaussian(), load_recipe("digits8", []), x[200:], (x, labels), 100, silent)
     bins = own_bits(x[:100], labels[:100]) - math.log2(LEVELS.width)
     assert found.model == pytest.approx(bins, abs=5e-4)
     assert found.error > 0
