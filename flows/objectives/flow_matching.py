@@ -230,19 +230,19 @@ class FlowMatching:
 
 def _check_path(objective: FlowMatching) -> None:
     """UserError for what is known of the linear path alone."""
-    key = next((key for key in ("bridge", "boundary", "base") if getattr(objective, key)), None)
-    if key is None:
-        return
-    if objective.path.name != "linear" or objective.prediction != "velocity":
-        raise UserError(
-            f"objective.{key} is for velocities on the linear path; set objective.path=linear and "
-            f"objective.prediction=velocity, or drop objective.{key}."
-        )
-    if key != "bridge" and objective.path is not LINEAR:
-        raise UserError(
-            f"objective.sigma_min leaves noise in the data, and objective.{key} counts on paths that end "
-            f"at the data themselves; set objective.sigma_min=0, or drop objective.{key}."
-        )
+    straight = objective.path.name == "linear" and objective.prediction == "velocity"
+    for key in ("bridge", "boundary", "base"):
+        if getattr(objective, key) and not straight:
+            raise UserError(
+                f"objective.{key} is for velocities on the linear path; set objective.path=linear and "
+                f"objective.prediction=velocity, or drop objective.{key}."
+            )
+    for key in ("boundary", "base"):
+        if getattr(objective, key) and objective.path is not LINEAR:
+            raise UserError(
+                f"objective.sigma_min leaves noise in the data, and objective.{key} counts on paths that "
+                f"end at the data themselves; set objective.sigma_min=0, or drop objective.{key}."
+            )
 
 
 def _check_square(objective: FlowMatching) -> None:

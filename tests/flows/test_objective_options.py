@@ -331,7 +331,10 @@ def test_super_resolution_begins_at_the_coarse_image():
         ({"contrast": 0.6, "label_drop": 0.4}, "objective.contrast = 0.6 is not below .* = 0.6"),
         ({"weighting": "velocity", "shape": "squared_cosine"}, "set .*objective.weighting=none"),
         ({"base": Inpainting(2, 0.5), "path": linear(0.5)}, "set objective.sigma_min=0"),
-        ({"boundary": Boundary(2.0, None), "path": linear(0.5)}, "set objective.sigma_min=0"),
+        (
+            {"boundary": Boundary(2.0, None), "bridge": 0.3, "path": linear(0.5)},
+            "set objective.sigma_min=0",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
