@@ -1,4 +1,4 @@
-"""How well a normalizing flow predicts images it never saw, in bits per dimension."""
+"""How well a model predicts images it never saw, in bits per dimension."""
 
 import math
 from collections.abc import Callable

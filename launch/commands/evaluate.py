@@ -36,7 +36,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=2,
-            help="Held-out images whose exact likelihood a flow-matching model is asked for.",
+            help="Held-out images whose likelihood a flow-matching model is asked for.",
         ),
     ] = None,
     ranks: RanksOption = None,

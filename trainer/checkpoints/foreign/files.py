@@ -84,13 +84,13 @@ def _check_values(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, source: str) -> Any:
-    """By what the file begins with, whatever it is called; safetensors by either."""
+    """By what the file begins with; by its name where that is nothing known."""
     with path.open("rb") as stream:
         start = stream.read(9)
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    if start[8:9] == b"{":
         return _read_safetensors(path)
     if not start.startswith(ZIP):
-        return _read_torch(path)
+        return (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
     names = _whole_names(path)
     if names and all(name.endswith(ARRAYS_INSIDE) for name in names):
         return _read_arrays(path, source)
