@@ -1,6 +1,7 @@
 """From a recipe to the engine that moves its model, and what each engine asks of a recipe."""
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +22,7 @@ from parallel.processes import Ranks, choose_device
 from trainer.optimizers import build as build_adamw
 from trainer.pipelines import chain_costs, schedule_of
 from trainer.recipe import Recipe
+from trainer.run_sections import ParallelSection
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,14 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         )
     if section.engine == "deepspeed":
         return _place_deepspeed(recipe, world_size)
+    layout = native_layout(section, world_size)
+    if recipe.train.float8:
+        _check_float8(layout)
+    return Placement(layout, None)
+
+
+def native_layout(section: ParallelSection, world_size: int) -> Layout:
+    """That of the native engine, whatever machine this is. Raises UserError as `place` does."""
     layout = resolve_layout(
         section.strategy,
         section.replicate,
@@ -109,14 +119,22 @@ def place(recipe: Recipe, world_size: int) -> Placement:
         ep=section.ep,
         pp=section.pp,
     )
-    if recipe.train.float8:
-        _check_float8(layout)
     if section.offload and layout.strategy not in ("fsdp", "hsdp"):
         raise UserError(
             f"parallel.offload keeps FSDP's shards on the host, and parallel.strategy = {layout.strategy} "
             "has none; use fsdp or hsdp (on one rank too), or drop it."
         )
-    return Placement(layout, None)
+    return layout
+
+
+def fewest_ranks(section: ParallelSection) -> int:
+    """On which a layout can be whose experts are divided over `ep` of the shard x cp ranks of a copy."""
+    shard = section.shard or section.ep // math.gcd(section.ep, section.cp)
+    copies = section.replicate or 1
+    if section.strategy == "hsdp":  # several copies, each over several ranks
+        copies = section.replicate or 2
+        shard = section.shard or (2 if shard * section.cp == 1 else shard)
+    return section.pp * copies * shard * section.cp * section.tp
 
 
 def build_engine(

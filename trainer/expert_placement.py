@@ -5,7 +5,6 @@ All that belongs to an expert moves with it (weights, the router's row and what 
 averages), so the network is the same function.
 """
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,19 +15,20 @@ import numpy as np
 import torch
 
 from flows.errors import UserError
+from flows.models.choice import Routing
 from flows.models.mixture import Mixture, rows_of_experts
 from flows.models.routers import routers_of, routing_shape
 from parallel.placement.problem import Places, Problem, contiguous, hops, imbalance
-from parallel.placement.solve import Method, Placed, place
-from trainer.assembly import model_architecture
+from parallel.placement.solve import Method, Placed, check_ranks, place
+from trainer.assembly import check_layout, model_architecture
 from trainer.checkpoints.contents import checkpoint_in, read_tensors, whole_manifest
 from trainer.checkpoints.manifest import Manifest, damaged_contents
 from trainer.checkpoints.store import save
+from trainer.engines import fewest_ranks, native_layout
 from trainer.interchange import check_new
 from trainer.recipe import Recipe, override_recipe, write_recipe
 from trainer.routing_trace import Trace, read_trace
 from trainer.run_folder import RunFolder, locked, open_run
-from trainer.run_sections import ParallelSection
 
 STARTS, SEED = 32, 0  # of the alternating assignment
 
@@ -77,23 +77,9 @@ def place_run(
     Raises UserError for a run without experts or trace, or ranks that do not divide the experts.
     """
     run, recipe = open_run(str(folder))
-    with torch.device("meta"):
-        model = model_architecture(recipe).build()
-    shape, routers = routing_shape(model), routers_of(model)
-    if shape is None:
-        raise UserError(
-            f"{folder} is a run of the family {recipe.model.family}, which has no experts to place; choose a "
-            "run of dit_moe."
-        )
-    routing = routers[0].routing
+    shape, routing, chosen = _asked(folder, recipe, ranks)
     chosen_each = routing.chosen if routing.chooser == "tokens" else None
     trace = read_trace(run.routing, *shape, since, chosen=chosen_each)
-    chosen = recipe.parallel.ep if ranks is None else ranks
-    if ranks is None and chosen == 1:
-        raise UserError(
-            f"{folder} was trained with parallel.ep = 1, all experts on one rank; say how many ranks there "
-            "shall be, as in --ranks 2."
-        )
     flow, load = trace.flow.astype(np.float64), trace.load.astype(np.float64)
     problem = Problem(flow, load, chosen, limit)
     placed = place(problem, method=method, starts=STARTS, seed=SEED, seconds=seconds)
@@ -102,11 +88,38 @@ def place_run(
     return Placing(run, recipe, chosen, trace, int(trace.flow.sum()), before, after, placed)
 
 
-def check_write(folder: Path, new: Path, step: int | None) -> None:
-    """Raises UserError where `write_placed` would, before the work of a placement is done."""
-    run, _ = open_run(str(folder))
+def _asked(folder: Path, recipe: Recipe, ranks: int | None) -> tuple[tuple[int, int], Routing, int]:
+    """(layers, experts), how they are routed, and how many ranks they shall lie on.
+
+    Raises UserError for a run without experts, or ranks that do not divide them.
+    """
+    with torch.device("meta"):
+        model = model_architecture(recipe).build()
+    shape, routers = routing_shape(model), routers_of(model)
+    if shape is None:
+        raise UserError(
+            f"{folder} is a run of the family {recipe.model.family}, which has no experts to place; choose a "
+            "run of dit_moe."
+        )
+    if ranks is None and recipe.parallel.ep == 1:
+        raise UserError(
+            f"{folder} was trained with parallel.ep = 1, all experts on one rank; say how many ranks there "
+            "shall be, as in --ranks 2."
+        )
+    chosen = recipe.parallel.ep if ranks is None else ranks
+    check_ranks(shape[1], chosen)
+    return shape, routers[0].routing, chosen
+
+
+def check_write(folder: Path, new: Path, *, ranks: int | None, step: int | None) -> None:
+    """Raises UserError where `write_placed` would, before the work of a placement is done.
+
+    ranks: see `place_run`
+    """
+    run, recipe = open_run(str(folder))
     check_new(new)
     _whole(run, step)
+    _recipe(recipe, _asked(folder, recipe, ranks)[2], new)
 
 
 def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tuple[RunFolder, int]:
@@ -114,16 +127,17 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tup
 
     Training goes on in it, on as many ranks as are returned or a multiple of them, and experts are counted
     anew: metrics and trace stay with the old run.
-    Raises UserError for a folder that holds something, or a checkpoint that is damaged.
+    Raises UserError for a folder that holds something, a checkpoint that is damaged, or a run that could
+    not go on so.
     """
     run, old = check_new(folder), placing.run
     checkpoint, manifest = _whole(old, step)
+    recipe, needed = _recipe(placing.recipe, placing.ranks, folder)
     order = orders(placing.placed.places)
     tensors = read_tensors(checkpoint, {name: name for name in manifest.tensors})
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     for name, layer in layers_of_experts(placing.recipe, shapes).items():
         tensors[name] = tensors[name][torch.from_numpy(order[layer])]
-    recipe = _recipe(placing, folder)
     state = _state(manifest.state, order, old, placing.ranks)
     with locked(run):
         save(run.checkpoints, step=manifest.step, tensors=tensors, state=state, keep=1)
@@ -131,7 +145,7 @@ def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tup
             if path.exists():
                 shutil.copyfile(path, run.root / path.name)
         write_recipe(recipe, run.recipe)
-    return run, _fewest_ranks(recipe.parallel)
+    return run, needed
 
 
 def _whole(run: RunFolder, step: int | None) -> tuple[Path, Manifest]:
@@ -176,27 +190,33 @@ def layers_of_experts(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> 
     return found
 
 
-def _recipe(placing: Placing, folder: Path) -> Recipe:
-    """That of the run, with experts divided over as many ranks as they were placed on.
+def _recipe(recipe: Recipe, ranks: int, folder: Path) -> tuple[Recipe, int]:
+    """That of a run, with experts divided over as many ranks as they are placed on; the fewest for all of it.
 
-    Degrees that do not go together with these are left to be inferred. Engines other than the native one
-    divide no experts.
+    Degrees that do not go together with these are left to be inferred.
+    Raises UserError where a training could not go on so: what `flowmill train` refuses without a look at
+    machine or data, and engines that divide no experts.
     """
-    section, changes = placing.recipe.parallel, [f"run.dir={folder}"]
-    if section.engine == "native":
-        changes.append(f"parallel.ep={placing.ranks}")
-        if section.strategy in ("none", "ddp"):
-            changes += ["parallel.strategy=null", "parallel.replicate=null"]
-        if section.shard and section.shard * section.cp % placing.ranks:
-            changes.append("parallel.shard=null")
-    return override_recipe(placing.recipe, changes)
-
-
-def _fewest_ranks(section: ParallelSection) -> int:
-    """On which a layout can be whose experts are divided over `ep` of the shard x cp ranks of a copy."""
-    shard = section.shard or section.ep // math.gcd(section.ep, section.cp)
-    copies = section.replicate or (2 if section.strategy == "hsdp" else 1)
-    return section.pp * copies * shard * section.cp * section.tp
+    section, changes = recipe.parallel, [f"run.dir={folder}", f"parallel.ep={ranks}"]
+    if section.engine != "native":
+        raise UserError(
+            f"parallel.engine = {section.engine} divides no experts, so that a placement would change "
+            "nothing in a run that is written; leave --write out, or train with parallel.engine=native."
+        )
+    if section.strategy in ("none", "ddp"):
+        changes += ["parallel.strategy=null", "parallel.replicate=null"]
+    if section.shard and section.shard * section.cp % ranks:
+        changes.append("parallel.shard=null")
+    made = override_recipe(recipe, changes)
+    needed = fewest_ranks(made.parallel)
+    try:
+        check_layout(made, native_layout(made.parallel, needed), model_architecture(made))
+    except UserError as error:
+        raise UserError(
+            f"{folder} could not go on with experts on {ranks} ranks, by flowmill train --ranks {needed} "
+            f"({str(error).removesuffix('.')}); choose other --ranks, or leave --write out."
+        ) from None
+    return made, needed
 
 
 def _cost(problem: Problem, places: Places) -> Cost:

@@ -56,7 +56,7 @@ def place_command(
     from trainer.expert_placement import check_write, place_run, write_placed
 
     if write is not None:
-        check_write(run, write, step)
+        check_write(run, write, ranks=ranks, step=step)
     elif step is not None:
         raise UserError(
             f"--step {step} says which checkpoint is rewritten, and nothing is without --write; add --write, "

@@ -97,13 +97,18 @@ def _busiest(layer: Layer, load: Reals, ranks: int) -> float:
     return float(busyness(layer, load, ranks).max())
 
 
-def _check(problem: Problem) -> None:
-    if problem.ranks < 2 or problem.experts % problem.ranks:
-        useful = divisors(problem.experts).removeprefix("1, ").removeprefix("1 or ")
+def check_ranks(experts: int, ranks: int) -> None:
+    """Raises UserError unless several ranks can have as many of the experts each."""
+    if ranks < 2 or experts % ranks:
+        useful = divisors(experts).removeprefix("1, ").removeprefix("1 or ")
         raise UserError(
-            f"--ranks {problem.ranks}: {problem.experts} experts a layer lie on {useful} ranks, as many on "
-            "each; choose one of these."
+            f"--ranks {ranks}: {experts} experts a layer lie on {useful} ranks, as many on each; choose one "
+            "of these."
         )
+
+
+def _check(problem: Problem) -> None:
+    check_ranks(problem.experts, problem.ranks)
     if not problem.limit >= 1:
         raise UserError(
             f"--limit {problem.limit:g} is not 1 or more, and 1 is the load of a rank where all have the "

@@ -14,7 +14,14 @@ from parallel.placement.problem import contiguous
 from tests.trainer import families, runs
 from trainer import metrics_log
 from trainer.assembly import plan
-from trainer.expert_placement import layers_of_experts, orders, place_run, write_placed
+from trainer.engines import fewest_ranks, native_layout
+from trainer.expert_placement import (
+    check_write,
+    layers_of_experts,
+    orders,
+    place_run,
+    write_placed,
+)
 from trainer.recipe import override_recipe, write_recipe
 from trainer.run_folder import open_run
 from trainer.trained import load_trained
@@ -310,6 +317,59 @@ def test_what_cannot_be_written_is_refused_before_the_work(traced, tmp_path, cap
         assert ended.value.code == 2
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "sentence"),
+    [
+        (
+            ["train.batch=6"],
+            4,
+            r"new could not go on with experts on 4 ranks, by flowmill train --ranks 4 \(train\.batch = 6 "
+            r"does not divide over 4 .* degrees\); choose other --ranks, or leave --write out\.$",
+        ),
+        (
+            [
+                "parallel.pp=2", "parallel.ep=2", "parallel.schedule=bitpipe", "train.batch=16",
+                "train.microbatch=2", "model.depth=4",
+            ],
+            8,
+            r"--ranks 16 \(train\.batch / train\.microbatch .* = 1 is odd, and bitpipe runs in two",
+        ),
+        (["train.compile=true"], 2, r"\(train\.compile = true compiles whole blocks"),
+        (["parallel.engine=deepspeed"], 2, r"engine = deepspeed divides no experts, so that a .*=native\.$"),
+        (["parallel.engine=accelerate"], 2, r"parallel\.engine = accelerate divides no experts"),
+        ([], 3, r"^--ranks 3: 8 experts a layer lie on 2, 4 or 8 ranks"),
+        ([], None, r"trained with parallel\.ep = 1, .* as in --ranks 2"),
+    ],
+)  # fmt: skip
+def test_a_run_that_could_not_go_on_is_refused_before_the_work(
+    traced, tmp_path, changes, ranks, sentence
+) -> None:
+    shutil.copytree(traced["swiglu"], tmp_path / "run")
+    write_recipe(recipe(tmp_path / "run", *changes), tmp_path / "run" / "recipe.yaml")
+    with pytest.raises(UserError, match=sentence):
+        check_write(tmp_path / "run", tmp_path / "new", ranks=ranks, step=None)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["parallel.ep=2"],
+        ["parallel.ep=4", "parallel.cp=2"],
+        ["parallel.strategy=hsdp"],
+        ["parallel.ep=2", "parallel.strategy=hsdp", "parallel.replicate=3", "parallel.tp=2"],
+        ["parallel.pp=2", "parallel.shard=3"],
+    ],
+)
+def test_the_fewest_ranks_are_enough(tmp_path, changes) -> None:
+    section = recipe(tmp_path, *changes).parallel
+    ranks = fewest_ranks(section)
+    assert native_layout(section, ranks).world_size == ranks
+    for fewer in range(1, ranks):
+        with pytest.raises(UserError):
+            native_layout(section, fewer)
 
 
 def test_a_folder_that_holds_something_is_not_written(traced, placings) -> None:
