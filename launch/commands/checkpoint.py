@@ -193,12 +193,14 @@ def upcycle_command(
     ] = None,
 ) -> None:
     """Make a run of a mixture of experts, each a copy of the feed-forwards of a dense network."""
+    from trainer.engines import fewest_ranks
     from trainer.upcycling import upcycle_run
 
     made = upcycle_run(dense, run, changes or [])
+    ranks = fewest_ranks(made.recipe.parallel)
     lines = [
         f"{dense}: {made.parameters:,} numbers of the family {made.recipe.model.family} into {run}; "
-        f"flowmill train {made.run.recipe}"
+        f"flowmill train {made.run.recipe}{f' --ranks {ranks}' if ranks > 1 else ''}"
     ]
     if made.changed:
         lines.append(f"{run} need not begin as {dense} did: {', '.join(made.changed)}.")

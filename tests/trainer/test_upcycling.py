@@ -129,6 +129,17 @@ def test_the_command_says_where_the_mixture_begins_as_another(
     assert torch.allclose(mixture, expected, atol=1e-6) == same
 
 
+def test_the_command_says_how_many_ranks_experts_need(dense, tmp_path, capsys, monkeypatch) -> None:
+    for degree, ranks in ((1, ""), (2, " --ranks 2")):
+        run = tmp_path / f"run{degree}"
+        asked = [str(dense), str(run), "model.experts=4", f"parallel.ep={degree}"]
+        monkeypatch.setattr("sys.argv", ["flowmill", "checkpoint", "upcycle", *asked])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr().out
+        assert f"flowmill train {run / 'recipe.yaml'}{ranks}\n" in said
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "sentence"),
     [
