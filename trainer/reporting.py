@@ -47,7 +47,7 @@ class Quiet:
 
     def experts(self, load: Tensor) -> None: ...
 
-    def end(self, step: int, steps: int) -> None: ...
+    def end(self, step: int, steps: int, skipped: int) -> None: ...
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None: ...
 
@@ -144,12 +144,16 @@ class Report(Quiet):
             pictures.expert_map(load.numpy(), self._run.experts, self._recipe.name)
         self._tracker.artifact(self._run.experts)
 
-    def end(self, step: int, steps: int) -> None:
-        """The loop returned after `step` of `steps`; fewer where it was asked to stop."""
+    def end(self, step: int, steps: int, skipped: int) -> None:
+        """The loop returned after `step` of `steps`; fewer where it was asked to stop.
+
+        skipped: since the run began
+        """
         self.finished = step >= steps
+        left_out = f", {skipped} of them skipped (the gradient was not finite)" if skipped else ""
         self.note(
-            f"{'done' if self.finished else 'stopped'} after step {step} of {steps}; pictures are in "
-            f"{self._run.samples}, checkpoints in {self._run.checkpoints}"
+            f"{'done' if self.finished else 'stopped'} after step {step} of {steps}{left_out}; pictures are "
+            f"in {self._run.samples}, checkpoints in {self._run.checkpoints}"
         )
 
     def samples(self, step: int, images: Tensor, labels: Tensor) -> None:

@@ -108,7 +108,7 @@ def train_rank(
         for change in changed:
             parts.report.note(f"changed since it began: {change}")
     done = train(parts, first)
-    parts.report.end(done, recipe.train.steps)
+    parts.report.end(done, recipe.train.steps, parts.telemetry.skipped)
     return Outcome(done, recipe.train.steps)
 
 
@@ -130,6 +130,7 @@ def assemble(made: Plan, run: RunFolder, ranks: Ranks, report: Quiet) -> Parts:
         flops=made.model.train_flops,
         world_size=ranks.world_size,
         max_skipped=recipe.train.max_skipped,
+        precision=recipe.train.precision,
         budget=Budget(recipe.data.max_bad_fraction, made.stream.samples),
         device=ranks.device,
     )

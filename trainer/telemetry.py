@@ -27,7 +27,7 @@ class Telemetry:
 
     stop_agreed: some rank was asked to stop, and every rank has read so at this same step
     skipped: steps left out since the run began, because their gradient was not finite
-    experts: how the experts were used of late
+    experts: how the experts were used of late, without such steps
     """
 
     def __init__(
@@ -37,17 +37,20 @@ class Telemetry:
         flops: int,
         world_size: int,
         max_skipped: int,
+        precision: str,
         budget: Budget,
         device: torch.device,
     ) -> None:
         """
         flops: of forward and backward of one sample
         max_skipped: steps in a row that may be skipped
+        precision: `train.precision`, for advice
         budget: bad samples that may be replaced
         """
         self.stop_agreed = False
         self.skipped = 0
         self._in_a_row, self._max_skipped = 0, max_skipped
+        self._precision = precision
         self.budget = budget
         self.experts = ExpertUse()
         self._batch, self._flops, self._world_size = batch, flops, world_size
@@ -94,7 +97,7 @@ class Telemetry:
     def lines(self, everything: bool = False) -> Iterator[dict[str, Any]]:
         """A line of `metrics.jsonl` for each step whose numbers are there, or wait for `everything`.
 
-        At a traced step it has the line of `routing.jsonl` under `TRACE`.
+        At a traced step that was not skipped it has the line of `routing.jsonl` under `TRACE`.
 
         Raises UserError, on every rank at the same step, after too many skipped steps in a row.
         """
@@ -123,7 +126,8 @@ class Telemetry:
         loss, samples, stop, bad, *by_time = reading.rows["sums"]
         self.stop_agreed = self.stop_agreed or stop > 0
         self.budget.add(reading.step * self._batch, int(bad))
-        self._count_skips(reading.step, reading.scalars["skip"] > 0)
+        skipped = reading.scalars["skip"] > 0
+        self._count_skips(reading.step, skipped)
         host = self._host.pop(reading.step)
         rate = self._batch / host["step_seconds"]
         sums, counts = by_time[:BUCKETS], by_time[BUCKETS:]
@@ -140,8 +144,11 @@ class Telemetry:
         }
         if (routing := read_rows(reading.rows)) is None:
             return line
-        self.experts.add(routing.load)
         line |= {"experts": described(routing, samples)}
+        if skipped:
+            # Its routers may have compared numbers that are not finite, and nothing was learned of it.
+            return line
+        self.experts.add(routing.load)
         traced = traced_line(routing)
         return line if traced is None else line | {TRACE: traced}
 
@@ -149,9 +156,12 @@ class Telemetry:
         self.skipped += skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row > self._max_skipped:
+            remedies = "lower optimizer.lr or set optimizer.clip"
+            if self._precision != "fp32":
+                remedies = "lower optimizer.lr, set optimizer.clip, or use train.precision=fp32"
             raise UserError(
-                f"step {step + 1}: the gradient was not finite {self._in_a_row} steps in a row; lower "
-                "optimizer.lr, set optimizer.clip, or use train.precision=fp32, and run again."
+                f"step {step + 1}: the gradient was not finite {self._in_a_row} steps in a row; {remedies}, "
+                "and run again."
             )
 
 

@@ -26,6 +26,24 @@ def test_a_full_disk_ends_a_run_in_a_sentence(tmp_path: Path) -> None:
         report.close()
 
 
+@pytest.mark.parametrize(
+    ("step", "skipped", "said"),
+    [
+        (5, 0, "done after step 5 of 5; pictures"),
+        (5, 2, "done after step 5 of 5, 2 of them skipped (the gradient was not finite); pictures"),
+        (3, 1, "stopped after step 3 of 5, 1 of them skipped"),
+    ],
+)
+def test_the_last_line_says_how_many_steps_were_skipped(
+    tmp_path: Path, step: int, skipped: int, said: str
+) -> None:
+    heard = runs.Silence()
+    report = Report(RunFolder(tmp_path), Silent(), heard, runs.recipe(tmp_path))
+    report.end(step, 5, skipped)
+    report.close()
+    assert heard.heard[-1].startswith(said)
+
+
 def test_curve_thins_evenly_and_keeps_resumes() -> None:
     curve = Curve()
     for step in range(1, 40_001):

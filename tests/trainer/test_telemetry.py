@@ -7,7 +7,8 @@ from torch import Tensor
 from data_pipeline.faults import Budget
 from flows.errors import UserError
 from parallel.engines.engine import StepResult
-from trainer.telemetry import BUCKETS, Telemetry
+from trainer.routing import RoutingSums
+from trainer.telemetry import BUCKETS, TRACE, Telemetry
 
 CPU = torch.device("cpu")
 HOST = {"lr": 0.1, "data_wait_seconds": 0.0}
@@ -15,6 +16,7 @@ HOST = {"lr": 0.1, "data_wait_seconds": 0.0}
 
 def telemetry(**changes):
     values = {"batch": 4, "flops": 10, "world_size": 1, "max_skipped": 2, "device": CPU}
+    values["precision"] = "fp32"
     return Telemetry(**(values | {"budget": Budget(0.25, 12)} | changes))
 
 
@@ -29,6 +31,7 @@ def push(
     bad=0,
     others=None,
     peers_stop=0,
+    routing=None,
 ):
     """One step; `others` is what the other ranks' numbers add up to."""
 
@@ -45,6 +48,7 @@ def push(
         host=HOST,
         sum_over_data=sum_over_data,
         sum_over_peers=lambda mine: mine + peers_stop,
+        routing=routing,
     )
     return list(meter.lines())
 
@@ -134,6 +138,29 @@ def test_too_many_skipped_in_a_row_are_one_sentence_also_when_a_checkpoint_asks(
         push(meter, step, skip=1.0)
     with pytest.raises(UserError, match=r"^step 3: the gradient was not finite 3 steps in a row; "):
         list(meter.lines(everything=True))
+
+
+@pytest.mark.parametrize(("precision", "advised"), [("fp32", False), ("bf16", True)])
+def test_full_precision_is_advised_where_it_is_not_there(precision, advised):
+    meter = telemetry(max_skipped=0, precision=precision)
+    push(meter, 0, skip=1.0)
+    with pytest.raises(UserError, match=r"optimizer\.clip.*, and run again\.$") as refusal:
+        list(meter.lines(everything=True))
+    assert ("train.precision=fp32" in str(refusal.value)) == advised
+
+
+def test_the_routing_of_a_skipped_step_is_told_and_counted_nowhere():
+    meter = telemetry()
+    load = torch.arange(2 * BUCKETS * 4.0).view(2, BUCKETS, 4)
+    numbers = [torch.ones(2) for _ in range(3)]
+    sums = RoutingSums(load, *numbers, flow=torch.ones(2, 4, 4))
+    lines = []
+    for step, skip in enumerate([0.0, 1.0]):
+        lines += push(meter, step, skip=skip, routing=sums)
+    lines += meter.lines(everything=True)
+    assert [TRACE in line for line in lines] == [True, False]
+    assert ["experts" in line for line in lines] == [True, True]
+    assert torch.equal(meter.experts.table, load.double())
 
 
 def test_bad_samples_of_all_ranks_count_and_their_budget_is_an_epochs_one():
