@@ -8,6 +8,7 @@ Axes, outermost first (neighbours in `tp` talk most, so they are closest):
     tp         parts of each matrix product
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -78,6 +79,7 @@ def resolve_layout(
     Raises UserError with the values that would work.
     """
     ranks = _data_ranks(world_size, pp, tp, cp)
+    asked = strategy, shard
     world_size //= pp
     chosen = strategy or ("none" if ranks * cp == 1 else "fsdp")
     if chosen not in get_args(Strategy):
@@ -94,7 +96,10 @@ def resolve_layout(
         replicate, shard = _hybrid(replicate, shard, ranks, cp)
     else:
         replicate, shard = _single_axis(chosen, replicate, shard, ranks)
-    _check_ep(chosen, shard * cp, ep)
+    if ep > 1:
+        copies = replicate if chosen == "hsdp" else 1
+        enough = pp * copies * math.lcm(cp, ep) * tp
+        _check_ep(chosen, asked, ranks * cp, shard * cp, ep, enough)
     return Layout(
         chosen,
         pp=pp,
@@ -108,19 +113,30 @@ def resolve_layout(
     )
 
 
-def _check_ep(strategy: str, ranks: int, ep: int) -> None:
-    """ranks: that one copy of the model is cut over"""
-    if ep == 1:
-        return
-    if strategy not in ("fsdp", "hsdp"):
+def _check_ep(
+    chosen: str, asked: tuple[str | None, int | None], ranks: int, cut: int, ep: int, enough: int
+) -> None:
+    """
+    asked: strategy and shard, as they were given
+    ranks: that read different samples or parts of them
+    cut: that one copy of the model is cut over
+    enough: a number of ranks whose multiples `ep` can be had on
+    """
+    strategy, shard = asked
+    start = f"start {enough} ranks or a multiple of it"
+    if chosen == "ddp":
+        remedy = "use fsdp or hsdp" if ranks % ep == 0 else f"use fsdp, and {start}"
         raise UserError(
             f"parallel.ep = {ep} divides experts over the ranks that weights are cut over, and "
-            f"parallel.strategy = {strategy} cuts none; use fsdp or hsdp."
+            f"parallel.strategy = ddp cuts none; {remedy}."
         )
-    if ranks % ep:
+    if cut % ep:
+        keys = ["parallel.strategy=fsdp"] if strategy == "none" else []
+        keys += ["parallel.shard=null"] if shard is not None else []
+        without = f", with {' and '.join(keys)}" if keys else ""
         raise UserError(
-            f"parallel.ep = {ep} does not divide the {_ranks(ranks)} that one copy of the model is cut over "
-            f"(parallel.shard x parallel.cp); it may be {divisors(ranks)}."
+            f"parallel.ep = {ep} does not divide the {_ranks(cut)} that one copy of the model is cut over "
+            f"(parallel.shard x parallel.cp); it may be {divisors(cut)}, or {start}{without}."
         )
 
 

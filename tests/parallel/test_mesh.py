@@ -115,6 +115,34 @@ def test_ranks_that_cannot_share_samples_so_are_refused(strategy, degrees, world
         resolve_layout(strategy, None, None, world_size, tp=tp, cp=cp)
 
 
+@pytest.mark.parametrize(
+    ("asked", "world_size", "degrees", "sentence"),
+    [
+        ((None, None, None), 1, {}, r"divide the 1 rank that .*; it may be 1, or start 2 ranks or a .*"),
+        ((None, None, None), 6, {"pp": 2, "tp": 3}, r"the 1 rank .*, or start 12 ranks or a multiple.*"),
+        (("none", None, None), 1, {}, r".* start 2 ranks or a multiple of it, with .*strategy=fsdp\."),
+        ((None, None, 1), 1, {}, r".* start 2 ranks or a multiple of it, with parallel\.shard=null\."),
+        (("ddp", None, None), 1, {}, r"ddp cuts none; use fsdp, and start 2 ranks or a multiple of it\."),
+        (("ddp", None, None), 2, {}, r"parallel\.strategy = ddp cuts none; use fsdp or hsdp\."),
+        (("fsdp", None, None), 3, {}, r"the 3 ranks .*; it may be 1 or 3, or start 2 ranks or a multiple.*"),
+        (("fsdp", None, None), 9, {"cp": 3}, r"the 9 ranks .*, or start 6 ranks or a multiple of it\."),
+        (("hsdp", 2, None), 6, {}, r"the 3 ranks .*, or start 4 ranks or a multiple of it\."),
+    ],
+)  # fmt: skip
+def test_experts_that_too_few_ranks_would_have(asked, world_size, degrees, sentence):
+    """And on the ranks that the refusal asks for, they can be had."""
+    with pytest.raises(UserError, match=rf"^parallel\.ep = 2 .*{sentence}$") as refusal:
+        resolve_layout(*asked, world_size, ep=2, **degrees)
+    strategy, replicate, shard = asked
+    if proposed := re.search(r"start (\d+) ranks", str(refusal.value)):
+        strategy = "fsdp" if "fsdp" in str(refusal.value) else strategy
+        shard = None if "shard=null" in str(refusal.value) else shard
+        for times in (1, 2, 3):
+            number = times * int(proposed[1])
+            layout = resolve_layout(strategy, replicate, shard, number, ep=2, **degrees)
+            assert (layout.ep, layout.world_size) == (2, number)
+
+
 SHARING = st.sampled_from([1, 2, 3])
 
 
