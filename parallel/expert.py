@@ -108,8 +108,11 @@ class _Mean(torch.autograd.Function):
         return gradient, None
 
 
-def check_experts(model: nn.Module, ep: int, *, compiled: bool) -> None:
-    """Raise UserError unless `ep` ranks can have as many experts each; opens no process group."""
+def check_experts(model: nn.Module, ep: int, *, family: str, compiled: bool) -> None:
+    """Raise UserError unless `ep` ranks can have as many experts each; opens no process group.
+
+    family: the model's, as a recipe names it
+    """
     if compiled:
         raise UserError(
             f"train.compile = true compiles whole blocks, and with parallel.ep = {ep} the host asks within "
@@ -118,7 +121,7 @@ def check_experts(model: nn.Module, ep: int, *, compiled: bool) -> None:
     counts = {module.count for module in model.modules() if isinstance(module, Experts)}
     if not counts:
         raise UserError(
-            f"parallel.ep = {ep} divides experts, and a {type(model).__name__} has none; use parallel.ep=1, "
+            f"parallel.ep = {ep} divides experts, and model.family = {family} has none; use parallel.ep=1, "
             "or model.family=dit_moe."
         )
     for count in counts:

@@ -128,7 +128,7 @@ def check_layout(recipe: Recipe, layout: Layout, model: Architecture) -> None:
     if layout.cp > 1:
         check_context(network, layout.cp, layout.context, layout.tp)
     if layout.ep > 1:
-        check_experts(network, layout.ep, compiled=recipe.train.compile)
+        check_experts(network, layout.ep, family=model.family.name, compiled=recipe.train.compile)
 
 
 def _check_trace(recipe: Recipe, network: nn.Module) -> None:

@@ -63,6 +63,14 @@ FAMILIES = {
 }
 
 
+def family_with(config: object) -> Family:
+    """The family whose models have such configurations. Raises TypeError for what is none."""
+    for family in FAMILIES.values():
+        if type(config) is family.config:
+            return family
+    raise TypeError(f"{type(config).__name__} is the configuration of no family")
+
+
 def names() -> dict[str, Family]:
     """Every published name, and the family it belongs to."""
     return {name: family for family in FAMILIES.values() for name in family.published}

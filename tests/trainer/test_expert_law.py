@@ -203,7 +203,9 @@ def test_a_model_without_experts_is_not_traced(tmp_path):
         plan(dense, 1)
 
 
-def test_models_without_experts_are_refused(tmp_path):
-    dense = override_recipe(families.recipe("dit", tmp_path), ["parallel.ep=2"])
-    with pytest.raises(UserError, match=r"parallel\.ep = 2 divides experts, and a DiT has none"):
+@pytest.mark.parametrize("family", ["dit", "jet"])
+def test_models_without_experts_are_refused(tmp_path, family):
+    dense = override_recipe(families.recipe(family, tmp_path), ["parallel.ep=2"])
+    sentence = rf"parallel\.ep = 2 divides experts, and model\.family = {family} has none"
+    with pytest.raises(UserError, match=sentence):
         plan(dense, 2)

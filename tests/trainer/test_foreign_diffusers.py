@@ -92,7 +92,7 @@ def test_diffusers_computes_what_flux_computes(guidance: bool, tmp_path: Path) -
 
 
 def test_models_that_diffusers_does_not_have_are_refused() -> None:
-    with pytest.raises(UserError, match="no model of the kind of JetConfig"):
+    with pytest.raises(UserError, match="diffusers has no model of the family jet;"):
         export(JetConfig(8, 3, 5, 2, 32, 2, 1, 2), {})
     config, state = convert(sit(), source="sit", heads=4)
     changed = type(config)(**{**vars(config), "rope": True})

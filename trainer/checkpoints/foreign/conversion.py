@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flows.errors import UserError
 from flows.models.family import Family
+from flows.models.zoo import family_with
 from trainer.checkpoints.foreign import dit, dit_moe, flux, jet, tarflow
 from trainer.checkpoints.foreign.moves import Move, State, to_ours, to_theirs
 from trainer.checkpoints.foreign.source import (
@@ -100,8 +101,8 @@ def to_foreign(config: Any, state: Mapping[str, Tensor], target: str) -> State:
     chosen = source_named(target)
     if not isinstance(config, chosen.family.config):
         raise UserError(
-            f"{type(config).__name__} is no model of the family {chosen.family.name}, which "
-            f"{target} files hold; choose another format."
+            f"{target} files hold models of the family {chosen.family.name}, and this one is of the family "
+            f"{family_with(config).name}; choose another format."
         )
     chosen.check(config)
     expected = _empty(chosen.family, config)

@@ -18,6 +18,7 @@ from flows.errors import UserError
 from flows.models.dit import DiTConfig
 from flows.models.embeddings import BASE, TimeEmbedding
 from flows.models.mmdit_config import MMDiTConfig
+from flows.models.zoo import family_with
 from trainer.checkpoints.foreign import dit, flux
 from trainer.checkpoints.foreign.conversion import to_foreign
 from trainer.checkpoints.foreign.moves import State, to_theirs
@@ -43,8 +44,8 @@ def export(config: Any, state: Mapping[str, Tensor]) -> Layout:
     if isinstance(config, MMDiTConfig):
         return _export_flux(config, to_foreign(config, state, flux.FLUX.name))
     raise UserError(
-        f"diffusers has no model of the kind of {type(config).__name__}; export it as flowmill, or in "
-        "the format of the program it comes from."
+        f"diffusers has no model of the family {family_with(config).name}; export it as flowmill, or in the "
+        "format of the program it comes from."
     )
 
 
