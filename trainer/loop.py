@@ -6,9 +6,10 @@ Components go in, events come out; nobody subclasses it. It does not know which 
 import signal
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,11 +33,17 @@ from trainer.telemetry import Telemetry
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 2.0
+# In a checkpoint's state: the weights of another program, or of a dense network; the run of which the
+# experts were placed. They are true of all later checkpoints, too.
+ORIGINS = ("imported", "placed")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything one rank trains with."""
+    """Everything one rank trains with.
+
+    origin: where the run's first checkpoint came from, where it was not trained here, see `ORIGINS`
+    """
 
     recipe: Recipe
     run: RunFolder
@@ -48,6 +55,7 @@ class Parts:
     telemetry: Telemetry
     clock: Clock
     report: Quiet
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(parts: Parts, first: int) -> int:
@@ -150,6 +158,7 @@ def checkpoint(parts: Parts, done: int, refused: Container[int]) -> None:
                 "science": science(parts.recipe),
                 "loader": parts.loader.state_dict(),
                 "telemetry": parts.telemetry.state_dict(),
+                **parts.origin,
             },
             keep=parts.recipe.checkpoint.keep,
             refused=refused,

@@ -36,7 +36,7 @@ from trainer.checkpoints.store import latest_whole, load
 from trainer.ema import Ema
 from trainer.engines import build_engine
 from trainer.latents import open_reader
-from trainer.loop import Parts, checkpoint_tensors, train
+from trainer.loop import ORIGINS, Parts, checkpoint_tensors, train
 from trainer.recipe import Recipe, write_recipe
 from trainer.reporting import Progress, Quiet, Report, open_tracker, store_address
 from trainer.run_folder import RunFolder, check_length, check_resume, check_science, locked
@@ -92,7 +92,8 @@ def train_rank(
     parts = assemble(made, run, ranks, Quiet())
     stack.callback(parts.loader.close)
     _agree(made, ranks)
-    first = _restore(parts)
+    first, origin = _restore(parts)
+    parts = replace(parts, origin=origin)
     if ranks.is_first:
         report = stack.enter_context(_reporting(run, recipe, ranks, progress, first))
         report.resume(first)
@@ -181,29 +182,29 @@ def _remember(made: Plan, run: RunFolder, report: Quiet) -> None:
         report.note(f"{len(left_out)} shards are left out; {run.quarantine} says why")
 
 
-def _restore(parts: Parts) -> int:
-    """Steps 4 and 5 of the contract; the step to go on from."""
+def _restore(parts: Parts) -> tuple[int, dict[str, Any]]:
+    """Steps 4 and 5 of the contract; the step to go on from, and the run's origin."""
     newest = latest_whole(parts.run.checkpoints)
     if newest is None:
-        first = 0
-    elif "imported" in read_manifest(newest).state:
-        first = _begin_from(newest, parts)
+        return 0, {}
+    if "loader" not in read_manifest(newest).state:
+        state = _begin_from(newest, parts)
     else:
         state = load(newest, checkpoint_tensors(parts))
         check_science(parts.run, state["science"], parts.recipe)
         check_length(parts.run, int(state["step"]), parts.recipe)
         parts.loader.load_state_dict(state["loader"])
         parts.telemetry.load_state_dict(state["telemetry"])
-        first = int(state["step"])
-    return first
+    return int(state["step"]), {key: state[key] for key in ORIGINS if key in state}
 
 
-def _begin_from(imported: Path, parts: Parts) -> int:
+def _begin_from(imported: Path, parts: Parts) -> dict[str, Any]:
     """Weights and averages of published weights, which come without optimizer and place in the data."""
     tensors = checkpoint_tensors(parts)
     weights = {n: held for n, held in tensors.items() if not n.startswith("optimizer.")}
-    check_science(parts.run, load(imported, weights)["science"], parts.recipe)
-    return 0
+    state = load(imported, weights)
+    check_science(parts.run, state["science"], parts.recipe)
+    return state
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def inspect_command(
         "written": f"{manifest.time} by {manifest.layout}, torch {manifest.torch}",
         "layout": manifest.state.get("layout"),
         "imported": _imported(manifest.state.get("imported")),
+        "placed": _placed(manifest.state.get("placed")),
         "position": str(manifest.state.get("loader", {}).get("position", "")),
     }
     for name, value in facts.items():
@@ -108,6 +109,10 @@ def inspect_command(
 
 def _imported(origin: "dict[str, Any] | None") -> str:
     return "" if origin is None else f"from {origin['file']} ({origin['source']})"
+
+
+def _placed(origin: "dict[str, Any] | None") -> str:
+    return "" if origin is None else f"experts over {origin['ranks']} ranks, from {origin['run']}"
 
 
 @app.command("diff")

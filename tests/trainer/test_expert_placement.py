@@ -131,7 +131,9 @@ def test_the_placed_run_is_the_same_function_bit_for_bit(traced, placings, tmp_p
     assert parts == weights | moments | {"router.bias", "router.share"}
 
 
-def test_the_placed_run_goes_on_as_the_other_would_have(traced, placings, tmp_path) -> None:
+def test_the_placed_run_goes_on_as_the_other_would_have(
+    traced, placings, tmp_path, capsys, monkeypatch
+) -> None:
     """But for the order in which numbers are added."""
     more = f"train.steps={STEPS + 4}"
     shutil.copytree(traced["swiglu"], tmp_path / "old")
@@ -141,6 +143,13 @@ def test_the_placed_run_goes_on_as_the_other_would_have(traced, placings, tmp_pa
     assert runs.train_here(recipe(tmp_path / "new", more)).finished
     old, new = runs.series(tmp_path / "old", "loss")[STEPS:], runs.series(tmp_path / "new", "loss")
     assert len(new) == 4
+    placed = runs.manifests(tmp_path / "new")[STEPS + 4].state["placed"]
+    assert (placed["run"], placed["ranks"]) == (str(traced["swiglu"]), RANKS)
+    assert placed["order"] == orders(found.placed.places).tolist()
+    monkeypatch.setattr("sys.argv", ["flowmill", "checkpoint", "inspect", str(tmp_path / "new")])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"placed     experts over 2 ranks, from {traced['swiglu']}\n" in capsys.readouterr().out
     assert runs.relative(new, old) <= 1e-5
     order = orders(found.placed.places)
     ours = runs.lines(tmp_path / "new")[0]["experts"]["load"]

@@ -52,6 +52,13 @@ def test_the_mixture_begins_as_the_dense_network(dense, tmp_path, chosen) -> Non
 def test_it_trains_from_there_and_experts_part(dense, tmp_path) -> None:
     made = upcycle_run(dense, tmp_path / "run", ["model.experts=4", "train.steps=3"])
     assert runs.train_here(made.recipe).finished
+    state = runs.manifests(tmp_path / "run")[3].state
+    assert (state["step"], state["imported"]["file"]) == (3, str(dense))
+    longer = override_recipe(made.recipe, ["train.steps=4"])
+    heard = runs.Silence()
+    assert runs.train_here(longer, heard).finished
+    assert any("from step 3" in line for line in heard.heard), "not begun anew"
+    assert runs.manifests(tmp_path / "run")[4].state["imported"] == state["imported"]
     held = runs.tensors(tmp_path / "run")
     up = held["model.blocks.0.mixture.experts.up"]
     assert not torch.equal(up[0], up[1])
