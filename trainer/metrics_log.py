@@ -28,10 +28,13 @@ def encode(record: Mapping[str, Any]) -> str:
 
 def decode(line: str) -> Record:
     """The record that `encode` was given. Raises ValueError if the line is not a JSON object."""
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    return {key: _from_json(value) for key, value in record.items()}
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        return {key: _from_json(value) for key, value in record.items()}
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class MetricsLog:

@@ -89,7 +89,19 @@ def test_no_log_is_an_empty_one(tmp_path: Path) -> None:
     assert truncate_after(tmp_path / "none.jsonl", 3) == 0
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1}'])
+DEEP = 100_000 * "["
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[1]",
+        '{"loss": 1}',
+        DEEP,
+        f'{{"step": 2, "load": {DEEP[:2000]}{2000 * "]"}}}',  # the reader's own recursion
+    ],
+)
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step":1}\n' + line + '\n{"step":2}\n')
