@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 LARGEST = 2**12  # boxes for forwards: a picture of more shows nothing
 DEAREST = 1e12
+TIMED = 4  # samples
 
 
 @app.callback()
@@ -91,7 +92,9 @@ def cut(
         bool,
         typer.Option(help="Time forward and backward of every layer here; else count products."),
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Samples, where it is timed.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples, where it is timed; default: 4.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cut as JSON.")] = False,
 ) -> None:
     """How a recipe's model is cut into stages, beside a cut at the borders of its flow blocks."""
@@ -100,11 +103,12 @@ def cut(
     from trainer.pipelines import chain_costs
     from trainer.recipe import load_recipe
 
+    _check_cut(overrides or [], batch, measured)
     words = Words("--schedule", "--stages", "a step's microbatches", "--chunks")
     places = places_of(schedule, stages, 2 * max(stages, 1), chunks, words)
     loaded = load_recipe(recipe, overrides or [])
     architecture = model_architecture(loaded)
-    chain, costs = chain_costs(loaded, architecture, batch if measured else None)
+    chain, costs = chain_costs(loaded, architecture, (batch or TIMED) if measured else None)
     cuts = {"between layers": _cut(chain, costs, places, None)}
     if len(chain.borders) < len(chain.links):
         cuts["at the borders of flow blocks"] = _cut(chain, costs, places, chain.borders)
@@ -123,6 +127,22 @@ def cut(
     for way, found in cuts.items():
         balance = "too few" if found["balance"] is None else f"{found['balance']:.1%} of the ideal"
         typer.echo(f"Cut {way}: {balance}.")
+
+
+def _check_cut(overrides: list[str], batch: int | None, measured: bool) -> None:
+    """Raises UserError for what would be passed over."""
+    if batch is not None and not measured:
+        raise UserError(
+            f"--batch {batch} says how many samples are timed, and nothing is without --measured; add "
+            "--measured, or drop --batch."
+        )
+    for change in overrides:
+        key = change.partition("=")[0]
+        if key.partition(".")[0] == "parallel":
+            raise UserError(
+                f"{key} is not looked at here: --stages, --schedule and --chunks say how the model is cut; "
+                "use these."
+            )
 
 
 def _cut(
@@ -164,7 +184,8 @@ def _check_costs(**costs: float) -> None:
 
 def _print(timeline: "Timeline") -> None:
     made = timeline.schedule
-    title = f"{made.name}, {made.microbatches} microbatches: {timeline.bubble:.1%} idle"
+    number = f"{made.microbatches} microbatch{'es' * (made.microbatches > 1)}"
+    title = f"{made.name}, {number}: {timeline.bubble:.1%} idle"
     table = Table("rank", "stages", "busy", "idle", "peak activations", title=title)
     for rank in range(made.ranks):
         held = ", ".join(f"{stage}{'^' if up else ''}" for up, stage in made.local(rank))

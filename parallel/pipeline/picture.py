@@ -96,9 +96,10 @@ def _frame(axes: "Axes", timeline: Timeline) -> None:
     axes.tick_params(colors=QUIET, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+    number = f"{schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
     axes.set_title(
-        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {schedule.microbatches} "
-        f"microbatches, {timeline.bubble:.1%} idle",
+        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {number}, "
+        f"{timeline.bubble:.1%} idle",
         loc="left",
     )
     handles, names = _legend(timeline)

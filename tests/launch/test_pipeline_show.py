@@ -32,6 +32,9 @@ def test_a_table_and_pictures(flowmill: Flowmill, tmp_path: Path) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(10**6) or []}
     # Forward, backward, idle and an addition of gradients.
     assert {(61, 127, 179), (63, 143, 99), (236, 239, 242), (192, 57, 43)} <= colours
+    assert "bitpipe, 4 microbatches: " in ended.out
+    one = flowmill("pipeline", "show", "--schedule", "gpipe", "--microbatches", "1")
+    assert "gpipe, 1 microbatch: " in one.out
     first = svg.read_bytes()
     flowmill("pipeline", "show", *asked, "--svg", str(svg))
     assert svg.read_bytes() == first
@@ -84,6 +87,11 @@ def test_a_cut_within_flow_blocks_and_at_their_borders(flowmill: Flowmill) -> No
         ),
         (("digits", "model.align_depth=1"), "model.align_depth"),
         (("digits", "--schedule", "bitpipe", "--stages", "3"), "--stages = 3 is odd"),
+        (("digits", "--batch", "64"), "--batch 64 says how many samples are timed, and nothing is"),
+        (
+            ("digits", "--stages", "2", "parallel.pp=4", "parallel.schedule=zbv"),
+            "parallel.pp is not looked at here: --stages, --schedule and --chunks say how the model",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
