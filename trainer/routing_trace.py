@@ -1,4 +1,4 @@
-"""`routing.jsonl`: who sent tokens to whom, a line for each traced step of a run of experts.
+"""`routing.jsonl`: who sent tokens to whom, a line for each traced step of a run of experts but skipped ones.
 
     {"step": 20, "load": [[...], ...], "flow": [[[...], ...], ...]}
 
