@@ -30,7 +30,8 @@ BATCH = 256  # images in one network call: bounds memory, changes no figure
 
 @dataclass(frozen=True)
 class Bits:
-    """Of held-out images or latents, each with one draw of the noise that the model was trained with.
+    """Of held-out images or latents, each with one draw of the noise that the model was trained with, or
+    that fills the bins of its pixels.
 
     model: bits per dimension; of discrete pixels a bound, else of a density, which may be negative
     error: one standard error of that mean over images

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flows.errors import UserError
@@ -24,6 +26,11 @@ EPSILON = 1e-3
 WIDTH = 2048
 # The classifiers, and counters of batches.
 UNUSED = ("fc.", "AuxLogits.")
+# What reading a file that holds no tensors ends in.
+DAMAGE = (
+    OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError,
+    TypeError, AttributeError, IndexError,
+)  # fmt: skip
 
 Weights = Mapping[str, Tensor]
 Pool = Callable[[Tensor], Tensor]
@@ -180,15 +187,12 @@ def _shrink(x: Tensor) -> Tensor:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{file}: cannot be read as tensors ({type(error).__name__}); give a .safetensors "
             "file or a state dictionary saved by torch.save."

@@ -65,7 +65,7 @@ def evaluate(
             count,
             batch=batch,
             ranks=here,
-            report=reporter(here.rank, "images whose likelihood is found"),
+            report=reporter(here.rank, "held-out samples whose likelihood is found"),
             features=features,
             solved=bits,
         )

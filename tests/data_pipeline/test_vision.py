@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
 
 from data_pipeline.encoders.vision import vision_features
 from flows.errors import UserError
@@ -80,6 +89,49 @@ def test_any_size_one_channel_and_any_company_will_do(folders: Path) -> None:
     torch.testing.assert_close(features.of(grey, chunk=2), found, rtol=1e-4, atol=1e-5)
     colour = features.extract(grey.expand(-1, 3, -1, -1))
     torch.testing.assert_close(colour, found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vit_takes_images_of_its_own_size_and_a_whole_clip_gives_its_vision_half(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = SIZES | {"image_size": 256, "patch_size": 64}
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    assert vision_features(tmp_path / "vit", device=CPU).extract(images(2)).shape == (2, 16)
+    vision = {"intermediate_size": 32, **SIZES}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    whole.save_pretrained(tmp_path / "whole")
+    CLIPVisionModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "half")
+    capfd.readouterr()
+    found, half = (
+        vision_features(tmp_path / name, device=CPU).extract(images(2))
+        for name in ("whole", "half")
+    )
+    assert torch.equal(found, half)
+    assert capfd.readouterr().err == "", "what is left over of the text half is as it should be"
+
+
+def prepared(folder: Path, **changes: object) -> Path:
+    path = folder / "preprocessor_config.json"
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 42} | changes
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_preparation_that_gives_no_features_is_refused_at_once(
+    folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "dino", tmp_path / "dino")
+    assert (
+        vision_features(prepared(tmp_path / "dino"), device=CPU).extract(images(1)).isfinite().all()
+    )
+    for changes, says in (
+        ({"image_std": [0.0] * 3}, "not finite; see image_std"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "a number for each of 3 channels"),
+        ({"size": {"height": -4}}, "does not take images as its preprocessor_config"),
+    ):
+        with pytest.raises(UserError, match=says):
+            vision_features(prepared(tmp_path / "dino", **changes), device=CPU)
 
 
 def test_what_is_no_whole_encoder_is_refused(folders: Path, tmp_path: Path) -> None:

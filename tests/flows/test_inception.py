@@ -171,7 +171,7 @@ def test_a_state_dictionary_of_torch_is_read_as_tensors_alone(weights, file, tmp
     torch.save({name: value for name, value in weights.items() if "Mixed_7" not in name}, path)
     with pytest.raises(UserError, match=r"is not Inception v3 .*Mixed_7a.branch3x3_1"):
         inception_features(path, device=CPU)
-    for content in (b"", b"nonsense", pickle.dumps({"weight": Path("x")})):
+    for content in (b"", b"nonsense", b"hello", pickle.dumps({"weight": Path("x")})):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as tensors"):
             inception_features(path, device=CPU)
