@@ -54,7 +54,7 @@ def test_a_run_of_one_rank_goes_on_in_stages_that_fsdp_cuts(tmp_path: Path) -> N
         (
             ["parallel.pp=2", "parallel.ep=2"],
             4,
-            "parallel.ep = 2 divides experts, and a DiT has none",
+            "parallel.ep = 2 divides experts, and model.family = dit has none",
         ),
         (["parallel.pp=2", "train.compile=true"], 2, "train.compile = true does not go together"),
         (["parallel.pp=2", "train.microbatch=5"], 2, "train.microbatch = 5 does not divide the 16"),
