@@ -55,11 +55,12 @@ class Coupling:
 
     def __call__(self, image: Tensor, noise: Tensor, draw: Draw) -> Coupled:
         """Couple a whole batch: image, noise (batch, ...); draw: of its samples."""
-        uniform, size = draw.uniform("coupling"), self.group or len(image)
+        size = self.group or len(image)
         if self.kind == "weighted":
             pairs = zip(image.split(size), noise.split(size), strict=True)
             weights = [gibbs_weights(*pair, self.epsilon) for pair in pairs]
             return Coupled(noise, torch.cat(weights))
+        uniform = draw.uniform("coupling")
         chosen = [
             start + self._partners(image[start : start + size], noise[start : start + size], u)
             for start, u in zip(range(0, len(image), size), uniform.split(size), strict=True)

@@ -135,7 +135,7 @@ def bits_of_data(
     levels: None for latents, which have none: nothing fills their bins, and bits may be negative
     times: ascending; the last one < 1 for "truncated_normal"
     """
-    c = _at_the_end(path, times)
+    c = _at(path, times[-1])
     alpha, std = c.alpha.item(), (c.sigma / c.alpha).item()
     draw = Draw(seed, 0, samples)
     if levels is None:
@@ -161,8 +161,8 @@ def bits_of_data(
     return Bits(-nats / (dimensions * math.log(2)), density.velocity_calls)
 
 
-def _at_the_end(path: Path, times: Sequence[float]) -> Coefficients:
-    return path.coefficients(torch.tensor(times[-1], dtype=torch.float64))
+def _at(path: Path, time: float) -> Coefficients:
+    return path.coefficients(torch.tensor(time, dtype=torch.float64))
 
 
 def end_that_fills(path: Path, levels: Levels, *, deviations: float) -> float:
@@ -174,7 +174,7 @@ def end_that_fills(path: Path, levels: Levels, *, deviations: float) -> float:
     Raises UserError for a path that leaves more noise in the data.
     """
     wanted = levels.width / 2 / deviations
-    last = _at_the_end(path, [1.0])
+    last = _at(path, 1.0)
     if (least := (last.sigma / last.alpha).item()) > wanted:
         raise UserError(
             f"the path ends with noise of {least:g} of the data, and half a bin of {levels.count} levels is "
@@ -183,6 +183,6 @@ def end_that_fills(path: Path, levels: Levels, *, deviations: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        c = path.coefficients(torch.tensor(middle, dtype=torch.float64))
+        c = _at(path, middle)
         low, high = (middle, high) if (c.sigma / c.alpha).item() > wanted else (low, middle)
     return low

@@ -14,11 +14,12 @@ from flows.models.dit import DiTConfig
 from flows.models.dit_moe_config import DiTMoEConfig
 from flows.models.family import DATA_KEYS, parameter_count
 from flows.models.upcycling import changed_from, mixture_keys, upcycled
-from trainer.assembly import model_architecture
+from trainer.assembly import check_layout, model_architecture
 from trainer.checkpoints.contents import checkpoint_in
 from trainer.checkpoints.foreign.files import Weights
 from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.store import save
+from trainer.engines import fewest_ranks, native_layout
 from trainer.interchange import Imported, check_new, checkpoint_of, override_new, state_of
 from trainer.recipe import Recipe, build_recipe, write_recipe
 from trainer.run_folder import RunFolder, locked, open_run, science
@@ -31,7 +32,7 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
         unless `model.renormalise` says otherwise, so that the mixture begins as the dense network
 
     Raises UserError for a network that no mixture can be made of, weights that are more than the machine's
-    memory, or a folder that holds something.
+    memory, a folder that holds something, or a run that could not be trained on any number of ranks.
     """
     run = check_new(folder)
     of, recipe = open_run(str(dense))
@@ -45,6 +46,7 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
     config = model_architecture(made).config
     _check_same(mixture_keys(before), config)
     _check_memory(made)
+    _check_ranks(made)
     checkpoint = checkpoint_in(of.root)
     weights: Weights = "ema" if recipe.train.ema else "raw"
     dense_state = state_of(checkpoint, recipe, weights)
@@ -90,6 +92,13 @@ def _check_same(keys: Mapping[str, Any], config: DiTMoEConfig) -> None:
             raise UserError(
                 f"{section}.{key} = {shape[key]} is not that of the dense network, {value}; drop the change."
             )
+
+
+def _check_ranks(made: Recipe) -> None:
+    """UserError for what training refuses on the fewest ranks that it could have."""
+    if made.parallel.engine == "native":
+        ranks = fewest_ranks(made.parallel)
+        check_layout(made, native_layout(made.parallel, ranks), model_architecture(made))
 
 
 def _check_memory(made: Recipe) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -19,6 +19,9 @@ from launch.commands.sample import (
 )
 from launch.console import plain
 from launch.joined import RanksOption, joined, start_ranks
+
+if TYPE_CHECKING:
+    from trainer.evaluation import Evaluation
 
 
 def evaluate(
@@ -52,10 +55,7 @@ def evaluate(
 
     folder, recipe = open_run(run)
     check_writable(folder)
-    if folder.evaluation.exists() and not (
-        folder.evaluation.is_file() and os.access(folder.evaluation, os.W_OK)
-    ):
-        raise UserError(f"{folder.evaluation} cannot be written; move it away.")
+    _check_place(folder.evaluation)
     recipe = with_overrides(recipe, overrides or [])
     start_ranks(folder, ranks)
     with joined() as here:
@@ -73,13 +73,21 @@ def evaluate(
         return  # the first rank speaks for all
     samples, found = judged
     step, calls = samples.step, samples.mean_calls
-    verdict = {**how_drawn(recipe, step, calls), **found.to_dict()}
-    text = json.dumps(verdict, allow_nan=False)
+    text = json.dumps({**how_drawn(recipe, step, calls), **found.to_dict()}, allow_nan=False)
     folder.evaluation.write_text(text + "\n", encoding="utf-8")
     if as_json:
         typer.echo(text)
         return
-    title = f"{run}, step {step}, {count} samples ({how_in_words(recipe)})"
+    _print(f"{run}, step {step}, {count} samples ({how_in_words(recipe)})", calls, found)
+
+
+def _check_place(path: Path) -> None:
+    """Raises UserError unless the file can be written, before anything is drawn."""
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise UserError(f"{path} cannot be written; move it away.")
+
+
+def _print(title: str, calls: float, found: "Evaluation") -> None:
     table = Table("samples", "found", "beside", title=title)
     table.add_row("network calls a sample", f"{calls:g}", "")
     for row in found.rows():

@@ -184,9 +184,7 @@ def _check_costs(**costs: float) -> None:
 
 def _print(timeline: "Timeline") -> None:
     made = timeline.schedule
-    number = f"{made.microbatches} microbatch{'es' * (made.microbatches > 1)}"
-    title = f"{made.name}, {number}: {timeline.bubble:.1%} idle"
-    table = Table("rank", "stages", "busy", "idle", "peak activations", title=title)
+    table = Table("rank", "stages", "busy", "idle", "peak activations", title=timeline.title)
     for rank in range(made.ranks):
         held = ", ".join(f"{stage}{'^' if up else ''}" for up, stage in made.local(rank))
         table.add_row(

@@ -96,12 +96,7 @@ def _frame(axes: "Axes", timeline: Timeline) -> None:
     axes.tick_params(colors=QUIET, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    number = f"{schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
-    axes.set_title(
-        f"{schedule.name}: {schedule.ranks} ranks, {schedule.stages} stages, {number}, "
-        f"{timeline.bubble:.1%} idle",
-        loc="left",
-    )
+    axes.set_title(timeline.title, loc="left")
     handles, names = _legend(timeline)
     axes.legend(
         handles,

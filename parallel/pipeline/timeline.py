@@ -78,6 +78,16 @@ class Timeline:
         """The share of all ranks' time that is waited."""
         return sum(self.idle(rank) for rank in range(len(self.events))) / len(self.events)
 
+    @property
+    def title(self) -> str:
+        """What it is of, and how much is waited, in words."""
+        made = self.schedule
+        microbatches = f"{made.microbatches} microbatch{'es' * (made.microbatches > 1)}"
+        return (
+            f"{made.name}: {made.ranks} ranks, {made.stages} stages, {microbatches}, "
+            f"{self.bubble:.1%} idle"
+        )
+
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     """Every rank does its actions in order, each as soon as what it needs has arrived.

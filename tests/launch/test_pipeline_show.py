@@ -32,9 +32,9 @@ def test_a_table_and_pictures(flowmill: Flowmill, tmp_path: Path) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(10**6) or []}
     # Forward, backward, idle and an addition of gradients.
     assert {(61, 127, 179), (63, 143, 99), (236, 239, 242), (192, 57, 43)} <= colours
-    assert "bitpipe, 4 microbatches: " in ended.out
+    assert "bitpipe: 4 ranks, 8 stages, 4 microbatches, " in ended.out
     one = flowmill("pipeline", "show", "--schedule", "gpipe", "--microbatches", "1")
-    assert "gpipe, 1 microbatch: " in one.out
+    assert "gpipe: 4 ranks, 4 stages, 1 microbatch, " in one.out
     first = svg.read_bytes()
     flowmill("pipeline", "show", *asked, "--svg", str(svg))
     assert svg.read_bytes() == first

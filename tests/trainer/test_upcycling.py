@@ -164,6 +164,16 @@ def test_the_command_says_how_many_ranks_experts_need(dense, tmp_path, capsys, m
             ["model.experts=1000000000"],
             r"model\.experts = 1,000,000,000 makes weights of [\d,]+ GiB, more than the",
         ),
+        (
+            "dit",
+            ["model.experts=4", "parallel.ep=4", "train.batch=6"],
+            r"train\.batch = 6 does not divide over 4 ranks",
+        ),
+        (
+            "dit",
+            ["model.experts=6", "parallel.ep=4", "train.batch=8"],
+            r"parallel\.ep = 4 does not divide model\.experts = 6",
+        ),
         ("tarflow", ["model.experts=4"], r"family tarflow, and mixtures are made of dit"),
         ("dit_moe", ["model.experts=4"], r"model\.experts = 8: only a dense network"),
     ],
