@@ -66,22 +66,6 @@ class Placing:
     placed: Placed
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where a run with its experts placed is written, and of what.
-
-    checkpoint: of the old run, as its manifest says
-    recipe: of the new run
-    needed: ranks that training goes on with in it, or a multiple of them
-    """
-
-    run: RunFolder
-    checkpoint: Path
-    manifest: Manifest
-    recipe: Recipe
-    needed: int
-
-
 def place_run(
     folder: Path, *, ranks: int | None, method: Method, limit: float, since: int, seconds: float
 ) -> Placing:
@@ -127,28 +111,30 @@ def _asked(folder: Path, recipe: Recipe, ranks: int | None) -> tuple[tuple[int, 
     return shape, routers[0].routing, chosen
 
 
-def destination(folder: Path, new: Path, *, ranks: int | None, step: int | None) -> Destination:
-    """Of the checkpoint of `step` (None: the newest) of the run `folder`, in the folder `new`.
+def check_write(folder: Path, new: Path, *, ranks: int | None, step: int | None) -> None:
+    """Raises UserError where `write_placed` would, before the work of a placement is done.
 
-    To be asked for before the work of a placement is done; ranks: see `place_run`.
+    ranks: see `place_run`
+    """
+    run, recipe = open_run(str(folder))
+    check_new(new)
+    _whole(run, step)
+    _recipe(recipe, _asked(folder, recipe, ranks)[2], new)
+
+
+def write_placed(placing: Placing, folder: Path, step: int | None = None) -> tuple[RunFolder, int]:
+    """A run folder with the checkpoint of `step` (None: the newest) of the run, its experts placed.
+
+    Training goes on in it, on as many ranks as are returned or a multiple of them, and experts are counted
+    anew: metrics and trace stay with the old run.
     Raises UserError for a folder that holds something, a checkpoint that is damaged, or a run that could
     not go on so.
     """
-    old, recipe = open_run(str(folder))
-    run = check_new(new)
+    run, old = check_new(folder), placing.run
     checkpoint, manifest = _whole(old, step)
-    chosen = _asked(folder, recipe, ranks)[2]
-    return Destination(run, checkpoint, manifest, *_recipe(recipe, chosen, new))
-
-
-def write_placed(placing: Placing, to: Destination) -> None:
-    """Write the checkpoint with its experts placed.
-
-    Training goes on there, and experts are counted anew: metrics and trace stay with the old run.
-    """
-    run, manifest, old = to.run, to.manifest, placing.run
+    recipe, needed = _recipe(placing.recipe, placing.ranks, folder)
     order = orders(placing.placed.places)
-    tensors = read_tensors(to.checkpoint, {name: name for name in manifest.tensors})
+    tensors = read_tensors(checkpoint, {name: name for name in manifest.tensors})
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     for name, layer in layers_of_experts(placing.recipe, shapes).items():
         tensors[name] = tensors[name][torch.from_numpy(order[layer])]
@@ -158,7 +144,8 @@ def write_placed(placing: Placing, to: Destination) -> None:
         for path in (old.shards, old.quarantine):
             if path.exists():
                 shutil.copyfile(path, run.root / path.name)
-        write_recipe(to.recipe, run.recipe)
+        write_recipe(recipe, run.recipe)
+    return run, needed
 
 
 def _whole(run: RunFolder, step: int | None) -> tuple[Path, Manifest]:

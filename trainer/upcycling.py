@@ -32,7 +32,7 @@ def upcycle_run(dense: Path, folder: Path, changes: Sequence[str]) -> Imported:
         unless `model.renormalise` says otherwise, so that the mixture begins as the dense network
 
     Raises UserError for a network that no mixture can be made of, weights that are more than the machine's
-    memory, a folder that holds something, or a run that could not be trained on any number of ranks.
+    memory, a folder that holds something, or a run that the native engine could train on no number of ranks.
     """
     run = check_new(folder)
     of, recipe = open_run(str(dense))
@@ -95,7 +95,7 @@ def _check_same(keys: Mapping[str, Any], config: DiTMoEConfig) -> None:
 
 
 def _check_ranks(made: Recipe) -> None:
-    """UserError for what training refuses on the fewest ranks that it could have."""
+    """UserError for what the native engine refuses on the fewest ranks that it could have."""
     if made.parallel.engine == "native":
         ranks = fewest_ranks(made.parallel)
         check_layout(made, native_layout(made.parallel, ranks), model_architecture(made))

@@ -53,25 +53,26 @@ def place_command(
 ) -> None:
     """Fewer tokens that change ranks from layer to layer, on ranks with equal loads: before and after."""
     # torch takes seconds to import: `flowmill --help` should not.
-    from trainer.expert_placement import destination, place_run, write_placed
+    from trainer.expert_placement import check_write, place_run, write_placed
 
-    if write is None and step is not None:
+    if write is not None:
+        check_write(run, write, ranks=ranks, step=step)
+    elif step is not None:
         raise UserError(
             f"--step {step} says which checkpoint is rewritten, and nothing is without --write; add --write, "
             "or drop --step."
         )
-    to = None if write is None else destination(run, write, ranks=ranks, step=step)
     found = place_run(run, ranks=ranks, method=method, limit=limit, since=since, seconds=seconds)
-    if to is not None:
-        write_placed(found, to)
+    written = None if write is None else write_placed(found, write, step)
     if as_json:
         typer.echo(json.dumps(_record(found) | {"written": write and str(write)}))
         return
     _print(found)
-    if to is not None:
+    if written is not None:
+        placed, needed = written
         plain(soft_wrap=True).print(
-            f"{write} has the experts of {run} so; "
-            f"flowmill train {to.run.recipe} --ranks {to.needed} goes on in it.",
+            f"{placed.root} has the experts of {run} so; "
+            f"flowmill train {placed.recipe} --ranks {needed} goes on in it.",
             highlight=False,
         )
 

@@ -16,8 +16,7 @@ from trainer import metrics_log
 from trainer.assembly import plan
 from trainer.engines import fewest_ranks, native_layout
 from trainer.expert_placement import (
-    Destination,
-    destination,
+    check_write,
     layers_of_experts,
     orders,
     place_run,
@@ -59,10 +58,6 @@ def placing(folder: Path, ranks: int | None = RANKS, **changes):
 @pytest.fixture(scope="module")
 def placings(traced):
     return {kind: placing(folder) for kind, folder in traced.items()}
-
-
-def to_write(folder: Path, new: Path) -> Destination:
-    return destination(folder, new, ranks=RANKS, step=None)
 
 
 def outputs(folder: Path, weights_of_average: bool) -> torch.Tensor:
@@ -115,7 +110,7 @@ def test_the_trace_goes_on_with_the_run(traced, tmp_path) -> None:
 def test_the_placed_run_is_the_same_function_bit_for_bit(traced, placings, tmp_path, kind) -> None:
     found = placings[kind]
     assert not np.array_equal(found.placed.places, contiguous(LAYERS, EXPERTS, RANKS))
-    write_placed(found, to_write(traced[kind], tmp_path / "run"))
+    write_placed(found, tmp_path / "run")
     for average in (True, False):
         before = outputs(traced[kind], average)
         assert before.std() > 1e-4
@@ -144,7 +139,7 @@ def test_the_placed_run_goes_on_as_the_other_would_have(
     shutil.copytree(traced["swiglu"], tmp_path / "old")
     assert runs.train_here(recipe(tmp_path / "old", more)).finished
     found = placings["swiglu"]
-    write_placed(found, to_write(traced["swiglu"], tmp_path / "new"))
+    write_placed(found, tmp_path / "new")
     assert runs.train_here(recipe(tmp_path / "new", more)).finished
     old, new = runs.series(tmp_path / "old", "loss")[STEPS:], runs.series(tmp_path / "new", "loss")
     assert len(new) == 4
@@ -363,7 +358,7 @@ def test_a_run_that_could_not_go_on_is_refused_before_the_work(
     shutil.copytree(traced["swiglu"], tmp_path / "run")
     write_recipe(recipe(tmp_path / "run", *changes), tmp_path / "run" / "recipe.yaml")
     with pytest.raises(UserError, match=sentence):
-        destination(tmp_path / "run", tmp_path / "new", ranks=ranks, step=None)
+        check_write(tmp_path / "run", tmp_path / "new", ranks=ranks, step=None)
     assert not (tmp_path / "new").exists()
 
 
@@ -386,6 +381,6 @@ def test_the_fewest_ranks_are_enough(tmp_path, changes) -> None:
             native_layout(section, fewer)
 
 
-def test_a_folder_that_holds_something_is_not_written(traced) -> None:
+def test_a_folder_that_holds_something_is_not_written(traced, placings) -> None:
     with pytest.raises(UserError, match="exists already"):
-        to_write(traced["swiglu"], traced["swiglu"])
+        write_placed(placings["swiglu"], traced["swiglu"])
